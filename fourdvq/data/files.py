@@ -1,0 +1,59 @@
+"""Files that are complete or absent: a temporary name beside the target, fsync, then one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+_BLOCK = 1 << 20
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path`; a reader, or a run after a crash, sees the old file or the new one, never a part."""
+    write_with(path, lambda temporary: temporary.write_bytes(data))
+
+
+def write_with(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file (same folder, same suffixes), then rename it to `path`.
+
+    The suffix is kept because image writers choose their format by it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        write(temporary)
+        _fsync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+    _fsync(path.parent)
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def content_sha256(path: Path) -> str:
+    """Hex sha256 of a file, or of a folder's file contents; names are left out, because they may hold identifiers."""
+    if path.is_file():
+        return file_sha256(path)
+    parts = sorted(file_sha256(child) for child in path.rglob("*") if child.is_file())
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
