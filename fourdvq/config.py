@@ -69,7 +69,7 @@ def to_plain(value: Any) -> Any:
 
 
 def canonical_json(value: Any) -> str:
-    """Sorted keys, no spaces, shortest float form, no NaN: equal values give equal text, so its sha256 is an identity."""
+    """Sorted keys, no spaces, shortest float form, no NaN: equal values give equal text and so an equal sha256."""
     return json.dumps(to_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 

@@ -23,7 +23,7 @@ class Explanation:
 _E = Explanation
 
 # What may leave a site about a failure. One code per task, no counts, no names.
-WIRE_CODES: dict[str, Explanation] = {  # fmt: skip
+WIRE_CODES: dict[str, Explanation] = {
     "PROTOCOL_MISMATCH": _E(
         "the two sides speak different protocol numbers",
         "one side was updated and the other was not",

@@ -1,4 +1,4 @@
-"""The error tree: everything that can go wrong on purpose, with a code, a place, what was found, what was wanted, and a remedy.
+"""The error tree: everything that can go wrong on purpose, with a code, place, found, wanted, and a remedy.
 
     FourdvqError                 exit 1
       ConfigError                exit 2   a key, type or value of a configuration, plan, profile or command line
@@ -133,7 +133,7 @@ def explain(code: str) -> Explanation:
 
 
 def wire_code(error: BaseException) -> str:
-    """The only thing about an error that may leave a site: one of `WIRE_CODES`, INTERNAL for what we did not foresee."""
+    """The only thing about an error that may leave a site: one of `WIRE_CODES`, INTERNAL for the unforeseen."""
     if isinstance(error, FourdvqError):
         return wire_code_of(error.code)
     if isinstance(error, MemoryError):

@@ -1,0 +1,1 @@
+"""What crosses the network: typed messages (`messages`), and their form as Flower records (`flower`)."""

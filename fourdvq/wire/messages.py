@@ -1,0 +1,350 @@
+"""The messages between coordinator and site: flat, frozen, versioned. What is not declared here cannot cross.
+
+A message type `<train|evaluate|query>.<action>` has one task class (down) and one reply class (up). A field is a
+number, a word from a fixed list, a text of a declared form (`fourdvq.wire.forms`), an array, or a set of named tensors;
+no form admits a patient id, a path or a date. Additive replies define `+`: the sum of the sites' messages is the
+message of the union of their patients.
+
+Axis letters: K codes, c code dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+
+from fourdvq.wire.forms import Code, Json, Nonce, RowName, RunId, Sha256, SiteName, Version
+
+PROTOCOL = 1
+
+Tensors = Mapping[str, torch.Tensor]
+Role = Literal["train", "external"]
+Cohort = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class TaskEnvelope:
+    """What every task carries. `parent` is the payload sha256 of the weights it starts from, empty without weights."""
+
+    protocol: int
+    run: RunId
+    round: int  # counted over the whole run
+    task_id: Nonce
+    plan: Sha256
+    parent: Sha256
+    profile: Sha256
+    code: Sha256  # of the coordinator's library: which package made the task
+
+
+@dataclass(frozen=True)
+class ReplyEnvelope:
+    """What every reply carries. `audit_head` hashes the site's last audit line; `eps_after` is its spent privacy."""
+
+    protocol: int
+    run: RunId
+    round: int
+    task_id: Nonce
+    plan: Sha256
+    parent: Sha256
+    site: SiteName
+    payload_sha256: Sha256
+    audit_head: Sha256
+    eps_after: float
+
+
+class Task:
+    """Base of all task bodies. `kind` is the Flower message type."""
+
+    kind: ClassVar[str]
+    trains: ClassVar[bool] = False  # refused by sites of role `external`
+
+
+class Reply:
+    """Base of all reply bodies. `egress` is the kind of data that leaves, as the site's policy names it."""
+
+    egress: ClassVar[str]
+
+
+@dataclass(frozen=True)
+class Refusal(Reply):
+    """The only thing that a site says about a failure."""
+
+    egress: ClassVar[str] = "refusal"
+    code: Code
+
+
+@dataclass(frozen=True)
+class Receipt(Reply):
+    """Done. `sha256` is of what was received or stored; counts are rounded by the guard."""
+
+    egress: ClassVar[str] = "receipt"
+    sha256: Sha256
+    scans: int = 0
+    code_usage: int = 0  # number of codes in use at the site
+
+
+# --- joining -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HelloTask(Task):
+    kind: ClassVar[str] = "query.hello"
+
+
+@dataclass(frozen=True)
+class SiteCard(Reply):
+    """Who answers. Counts are rounded to the policy's `min_cell` before they leave."""
+
+    egress: ClassVar[str] = "site_card"
+    role: Role
+    version: Version
+    code: Sha256
+    profile: Sha256
+    device: Literal["cpu", "cuda"]
+    ode: bool  # has patients with two or more scans
+    patients: int
+    scans: int
+    train_scans: int
+    refused: Mapping[str, int] = field(default_factory=dict)  # scans per reason code
+
+
+@dataclass(frozen=True)
+class PlanTask(Task):
+    kind: ClassVar[str] = "query.plan"
+    plan_json: Json
+    profile_json: Json
+
+
+@dataclass(frozen=True)
+class PlanAck(Reply):
+    egress: ClassVar[str] = "plan_ack"
+    approved: bool
+
+
+# --- stage 1 -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CodebookInitTask(Task):
+    kind: ClassVar[str] = "query.codebook_init"
+    trains: ClassVar[bool] = True
+    seed: int
+    n_codes: int
+    code_dim: int
+    weights: Tensors  # of the untrained generator: all sites look through the same encoder
+
+
+@dataclass(frozen=True)
+class CodebookSums(Reply):
+    """Per centroid the number of encoder vectors (K,) and their sum (K, c), float64. A list, not additive by index."""
+
+    egress: ClassVar[str] = "codebook_stats"
+    counts: np.ndarray
+    sums: np.ndarray
+
+
+@dataclass(frozen=True)
+class VqganTask(Task):
+    """One round of stage 1: `steps` optimiser steps from `weights`, with `codes` fixed during the round."""
+
+    kind: ClassVar[str] = "train.vqgan"
+    trains: ClassVar[bool] = True
+    steps: int
+    global_step: int
+    discriminator: bool
+    weights: Tensors
+    codes: np.ndarray  # (K, c) float32
+    code_counts: np.ndarray  # (K,) float64
+    code_sums: np.ndarray  # (K, c) float64
+
+
+@dataclass(frozen=True)
+class VqganUpdate(Reply):
+    """Weight delta, and the decayed counts (K,) and sums (K, c) of the encoder vectors per code over the round."""
+
+    egress: ClassVar[str] = "delta"
+    delta: Tensors
+    code_counts: np.ndarray
+    code_sums: np.ndarray
+    scans: int
+    losses: Mapping[str, float]
+
+    def __add__(self, other: VqganUpdate) -> VqganUpdate:
+        return VqganUpdate(
+            delta=_mean_tensors(self.delta, self.scans, other.delta, other.scans),
+            code_counts=self.code_counts + other.code_counts,
+            code_sums=self.code_sums + other.code_sums,
+            scans=self.scans + other.scans,
+            losses=_mean_numbers(self.losses, self.scans, other.losses, other.scans),
+        )
+
+
+@dataclass(frozen=True)
+class EncodeTask(Task):
+    """Encode all approved scans with the frozen tokenizer and keep the codes."""
+
+    kind: ClassVar[str] = "query.encode"
+    tokenizer_sha256: Sha256
+    weights: Tensors
+    codes: np.ndarray
+    code_counts: np.ndarray
+    code_sums: np.ndarray
+
+
+# --- stage 2 -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OdeTask(Task):
+    kind: ClassVar[str] = "train.ode"
+    trains: ClassVar[bool] = True
+    steps: int
+    tokenizer_sha256: Sha256
+    weights: Tensors
+
+
+@dataclass(frozen=True)
+class OdeUpdate(Reply):
+    egress: ClassVar[str] = "delta"
+    delta: Tensors
+    patients: int
+    losses: Mapping[str, float]
+
+    def __add__(self, other: OdeUpdate) -> OdeUpdate:
+        return OdeUpdate(
+            delta=_mean_tensors(self.delta, self.patients, other.delta, other.patients),
+            patients=self.patients + other.patients,
+            losses=_mean_numbers(self.losses, self.patients, other.losses, other.patients),
+        )
+
+
+# --- evaluation --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReconstructionTask(Task):
+    """Score reconstructions of the scans of one split with a candidate or released generator."""
+
+    kind: ClassVar[str] = "evaluate.reconstruction"
+    split: Literal["validation", "test"]
+    model_sha256: Sha256
+    weights: Tensors
+    codes: np.ndarray
+    code_counts: np.ndarray
+    code_sums: np.ndarray
+
+
+@dataclass(frozen=True)
+class TrajectoryTask(Task):
+    """Score generated future or in-between scans of test patients; `query.encode` delivered the frozen tokenizer."""
+
+    kind: ClassVar[str] = "evaluate.trajectory"
+    split: Literal["validation", "test"]
+    mode: Literal["extrapolation", "interpolation"]
+    model_sha256: Sha256
+    tokenizer_sha256: Sha256
+    weights: Tensors  # of the latent ODE
+
+
+@dataclass(frozen=True)
+class EvalSummary(Reply):
+    """Per row its number of items, their sum and sum of squares: three arrays of the length of `rows`."""
+
+    egress: ClassVar[str] = "eval_summary"
+    rows: tuple[RowName, ...]
+    n: np.ndarray  # (R,) int64
+    total: np.ndarray  # (R,) float64
+    total_sq: np.ndarray  # (R,) float64
+    patients: int
+
+    def __add__(self, other: EvalSummary) -> EvalSummary:
+        rows = tuple(sorted(set(self.rows) | set(other.rows)))
+        columns = {
+            name: sum(_by_row(part, name, rows) for part in (self, other)) for name in ("n", "total", "total_sq")
+        }
+        return EvalSummary(rows=rows, **columns, patients=self.patients + other.patients)  # type: ignore[arg-type]
+
+
+# --- results to and from people ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReportTask(Task):
+    kind: ClassVar[str] = "query.report"
+
+
+@dataclass(frozen=True)
+class Report(Reply):
+    """The share edition's facts that a person at the site looked at and submitted; empty object if there is none."""
+
+    egress: ClassVar[str] = "report"
+    report_json: Json
+
+
+@dataclass(frozen=True)
+class ReleaseTask(Task):
+    """The released model: all weights (names prefixed `vqgan.`, `codebook.`, `ode.`) and its card."""
+
+    kind: ClassVar[str] = "query.release"
+    card_json: Json
+    weights: Tensors
+
+
+# Message type to what it asks and what may answer it (a Refusal always may). The order is that of an experiment.
+TASKS: dict[str, type[Task]] = {
+    cls.kind: cls
+    for cls in (
+        HelloTask,
+        PlanTask,
+        CodebookInitTask,
+        VqganTask,
+        EncodeTask,
+        OdeTask,
+        ReconstructionTask,
+        TrajectoryTask,
+        ReportTask,
+        ReleaseTask,
+    )
+}
+REPLIES: dict[str, type[Reply]] = {
+    "query.hello": SiteCard,
+    "query.plan": PlanAck,
+    "query.codebook_init": CodebookSums,
+    "train.vqgan": VqganUpdate,
+    "query.encode": Receipt,
+    "train.ode": OdeUpdate,
+    "evaluate.reconstruction": EvalSummary,
+    "evaluate.trajectory": EvalSummary,
+    "query.report": Report,
+    "query.release": Receipt,
+}
+
+
+def payload_fields(message: Any) -> dict[str, Any]:
+    """Field name to value of a message body or envelope, in declared order."""
+    return {f.name: getattr(message, f.name) for f in dataclasses.fields(message)}
+
+
+def with_fields(message: Any, **changes: Any) -> Any:
+    """A copy of a frozen message with some fields changed."""
+    return dataclasses.replace(message, **changes)
+
+
+def _mean_tensors(a: Tensors, wa: float, b: Tensors, wb: float) -> dict[str, torch.Tensor]:
+    total = wa + wb
+    return {k: ((a[k].double() * wa + b[k].double() * wb) / total).to(torch.float32) for k in a}
+
+
+def _mean_numbers(a: Mapping[str, float], wa: float, b: Mapping[str, float], wb: float) -> dict[str, float]:
+    return {k: (a[k] * wa + b[k] * wb) / (wa + wb) for k in a if k in b}
+
+
+def _by_row(summary: EvalSummary, column: str, rows: tuple[str, ...]) -> np.ndarray:
+    values = getattr(summary, column)
+    place = {row: i for i, row in enumerate(summary.rows)}
+    return np.array([values[place[row]] if row in place else 0 for row in rows], dtype=values.dtype)
