@@ -19,7 +19,7 @@ import torch
 
 from fourdvq.config import build, canonical_json
 from fourdvq.errors import ConfigError, WireError
-from fourdvq.training.update import payload_sha256
+from fourdvq.tensors import payload_sha256
 from fourdvq.wire.forms import TENSOR_NAME, Form
 
 T = TypeVar("T")
