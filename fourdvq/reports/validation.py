@@ -143,7 +143,7 @@ def share_edition(data: ReportData) -> ReportData:
 
 
 def report_json(data: ReportData, edition: Edition) -> dict[str, Any]:
-    """The facts as plain JSON, without pictures; in the share edition counts of people and scans below 5 become "<5"."""
+    """The facts as plain JSON, without pictures; share edition: counts below 5 become "<5"."""
     facts = share_edition(data) if edition == "share" else data
     plain: dict[str, Any] = {"schema": 1, "edition": edition, **to_plain(replace(facts, pictures=()))}
     if edition == "share":
