@@ -1,0 +1,199 @@
+"""The preprocessing profile: everything that changes voxel values, equal at every site, with an identity (its sha256).
+
+The coordinator issues one profile for a federation; a site with another hash is refused, and training refuses arrays
+that were made under another hash. Paths, threads and devices are the site's own and are not part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fourdvq.config import build, sha256_of, to_plain
+from fourdvq.errors import ConfigError
+
+Answer = Literal["refuse", "warn"]
+
+
+@dataclass(frozen=True)
+class ProfileName:
+    """What people call the profile."""
+
+    name: str
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class GridSpec:
+    """Voxels of the prepared volume."""
+
+    depth: int = 96  # paper appendix A.3: 96 x 256 x 256
+    height: int = 256
+    width: int = 256
+
+    def __post_init__(self) -> None:
+        if min(self.size) < 8:
+            raise ValueError(f"grid {self.size} has an axis below 8 voxels")
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Shape (D, H, W)."""
+        return self.depth, self.height, self.width
+
+
+@dataclass(frozen=True)
+class FovSpec:
+    """What the grid covers: the baseline lungs with a margin, or the whole baseline image."""
+
+    mode: Literal["lung_bbox", "full"] = "lung_bbox"
+    margin_mm: float = 10.0
+
+
+@dataclass(frozen=True)
+class ResampleSpec:
+    """How a scan reaches the grid; nearest is the paper's released code."""
+
+    interpolation: Literal["linear", "nearest"] = "linear"
+    antialias: bool = True
+
+
+@dataclass(frozen=True)
+class OutsideSpec:
+    """What stands outside the baseline lung mask in a follow-up. Source: paper section 2 (the baseline's tissue)."""
+
+    source: Literal["baseline", "own"] = "baseline"
+    feather_voxels: int = 0
+
+
+@dataclass(frozen=True)
+class SegmentationSpec:
+    """How the lung mask is found; one method for a whole federation."""
+
+    method: Literal["threshold", "provided", "lungmask_r231"] = "threshold"
+    weights_sha256: str = ""
+    step_mm: float | None = None
+
+
+@dataclass(frozen=True)
+class RegistrationSpec:
+    """Alignment of a follow-up with the patient's baseline, on an isotropic grid around the baseline lungs."""
+
+    backend: str = "demons"
+    spacing_mm: float = 1.75
+    margin_mm: float = 15.0
+    clamp_hu: tuple[float, float] = (-1000.0, 300.0)
+    affine_iterations: int = 100
+    affine_sample_share: float = 0.2  # 5 % raised the 95th percentile of the error on the shared pair
+    shrink: tuple[int, ...] = (4, 2, 1)  # demons levels
+    iterations: tuple[int, ...] = (60, 40, 15)
+    field_sigma: float = 1.5  # voxels of the level
+
+    def __post_init__(self) -> None:
+        if len(self.shrink) != len(self.iterations) or not self.shrink:
+            raise ValueError("shrink and iterations need one number per level")
+
+
+@dataclass(frozen=True)
+class LimitsSpec:
+    """What a scan must satisfy; `refuse` blocks it, `warn` writes a W_ code and goes on."""
+
+    max_thickness_mm: float = 2.5
+    thick: Answer = "refuse"
+    min_coverage_mm: float = 180.0
+    cut_field: Answer = "refuse"  # too little coverage, or lung at the edge of the image
+    one_lung: Answer = "refuse"  # no lung on one side
+    min_lung_ml: float = 1000.0
+    max_lung_ml: float = 8000.0
+    fill_single_gap: bool = True
+    tilt: Literal["shear", "refuse"] = "shear"
+    pass_dice: float = 0.95
+    fail_dice: float = 0.90
+
+
+@dataclass(frozen=True)
+class StepVersions:
+    """A step's number rises when its result changes; old results are then made again."""
+
+    intake: int = 1
+    segment: int = 1
+    register: int = 1
+    resample: int = 1
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The federation's preprocessing. `sha256` is its identity."""
+
+    profile: ProfileName
+    grid: GridSpec = field(default_factory=GridSpec)
+    fov: FovSpec = field(default_factory=FovSpec)
+    window_hu: tuple[float, float] = (-1000.0, 400.0)  # applied at load: HU are stored
+    resample: ResampleSpec = field(default_factory=ResampleSpec)
+    outside_lung: OutsideSpec = field(default_factory=OutsideSpec)
+    segmentation: SegmentationSpec = field(default_factory=SegmentationSpec)
+    registration: RegistrationSpec = field(default_factory=RegistrationSpec)
+    limits: LimitsSpec = field(default_factory=LimitsSpec)
+    step_versions: StepVersions = field(default_factory=StepVersions)
+
+    def __post_init__(self) -> None:
+        if not self.window_hu[0] < self.window_hu[1]:
+            raise ValueError(f"window_hu {self.window_hu} is not increasing")
+
+    @property
+    def sha256(self) -> str:
+        """Hex sha256 of the canonical JSON."""
+        return sha256_of(self)
+
+    @property
+    def name(self) -> str:
+        """Name and version, for people."""
+        return f"{self.profile.name} v{self.profile.version}"
+
+
+def profile_from(data: Mapping[str, Any]) -> Profile:
+    """The profile from plain data; raises ConfigError with the dotted key."""
+    return build(Profile, data, where="profile")
+
+
+def profile_to_plain(profile: Profile) -> dict[str, Any]:
+    """The inverse of `profile_from`, ready for JSON."""
+    plain: dict[str, Any] = to_plain(profile)
+    return plain
+
+
+def load_profile(path: Path) -> Profile:
+    """Read a profile from a YAML or JSON file. Raises ConfigError E_FILE, E_TYPE, or what `profile_from` raises."""
+    import yaml
+
+    if not path.is_file():
+        raise ConfigError("E_FILE", where=str(path))
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError("E_TYPE", where=str(path), found=str(error).splitlines()[0], wanted="YAML or JSON") from None
+    return profile_from(data)
+
+
+def require_supported(profile: Profile) -> None:
+    """Raise ConfigError E_UNSUPPORTED, before any work, for a method or backend that this installation does not have."""
+    from fourdvq.preprocessing.registration import BACKENDS
+    from fourdvq.preprocessing.segmentation import METHODS
+
+    if profile.segmentation.method not in METHODS:
+        raise ConfigError(
+            "E_UNSUPPORTED",
+            where="profile.segmentation.method",
+            found=profile.segmentation.method,
+            wanted="one of " + ", ".join(sorted(METHODS)),
+            fix="use a profile with one of these methods; all sites of a federation use the same one",
+        )
+    if profile.registration.backend not in BACKENDS:
+        raise ConfigError(
+            "E_UNSUPPORTED",
+            where="profile.registration.backend",
+            found=profile.registration.backend,
+            wanted="one of " + ", ".join(sorted(BACKENDS)),
+            fix="use a profile with one of these backends",
+        )
