@@ -1,0 +1,240 @@
+"""Stage 2: training of the latent disease ODE from cached codes. Encoder, codebook and decoder stay as they are.
+
+Source: paper section 2.2 and appendix A.2; decisions in docs/reference/model.md section 3.
+
+What is given. The paper's models (`anchor: identity`, `paper`) read all scans and are scored on all of them. A model
+that starts at the last given scan would then have nothing left to predict, so for `anchor: last_given` each draw gives
+the first k scans, k drawn evenly from min(2, T - 1) to T - 1, and the later scans are targets: the situation of a
+forecast. A patient with two scans gives the first and is asked for the second. Scans where the prediction is exact by
+construction (the anchors) are left out of the means. `mask_prob` hides given scans other than the baseline.
+
+Randomness is a function of (seed, number of patients drawn so far), so a restored trainer goes on as if never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fourdvq.data.latents import LatentPatient
+from fourdvq.errors import DataError, ModelError
+from fourdvq.models.latent_ode import LatentODE, snap_times
+from fourdvq.models.vqgan import load_strict
+from fourdvq.plan import OdeTraining, Plan, TemporalSpec
+from fourdvq.training.checkpoint import TrainState
+from fourdvq.training.seeds import derive_seed, seeded
+from fourdvq.training.update import delta as weight_delta
+
+OnStep = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class OdeRound:
+    """What a round leaves: the weight delta, how many different patients it saw, and the mean losses."""
+
+    delta: dict[str, Tensor]
+    patients_used: int
+    losses: dict[str, float]
+
+
+@dataclass(frozen=True)
+class OdeLosses:
+    """Scalars: `total` is what is minimised."""
+
+    total: Tensor
+    recon: Tensor
+    diff: Tensor
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a draw may read: observed (T,) bool, `last` the index of the last of them; exact (T,) bool: the anchors."""
+
+    observed: np.ndarray
+    last: int
+    exact: np.ndarray
+
+
+def choose_given(n_scans: int, spec: TemporalSpec, rng: np.random.Generator) -> Given:
+    """Choose the inputs of one draw among n_scans >= 2 scans; the module's docstring says how."""
+    forecasts = spec.anchor == "last_given" and spec.skip
+    k = int(rng.integers(min(2, n_scans - 1), n_scans)) if forecasts else n_scans
+    observed = np.arange(n_scans) < k
+    observed[1:] &= rng.random(n_scans - 1) >= spec.mask_prob
+    last = int(np.flatnonzero(observed)[-1])
+    exact = np.zeros(n_scans, dtype=bool)
+    if spec.skip and spec.anchor != "paper":
+        exact[0] = True
+        exact[last] |= forecasts
+    return Given(observed, last, exact)
+
+
+def time_weights(n_scans: int, rise: tuple[float, float]) -> np.ndarray:
+    """Weights (T,) that rise linearly over the order of the scans, scaled to mean 1. Paper, appendix A.2."""
+    weights: np.ndarray = np.linspace(rise[0], rise[1], n_scans)
+    return np.asarray(weights / weights.mean())
+
+
+def trajectory_loss(
+    zhat: Tensor, zq: Tensor, lung: Tensor, exact: np.ndarray, optim: OdeTraining, weights: np.ndarray
+) -> OdeLosses:
+    """Loss of one patient inside the lung: predicted and true codes (T, c, d, h, w), lung (d, h, w) bool.
+
+    recon = mean over free scans i of w_i mean |zhat_i - zq_i|^2; diff = the same for the changes between neighbouring
+    scans; scans (pairs) whose `exact` flags leave nothing to learn are not counted. Raises DataError E_MASK if no
+    latent lies in the lung.
+    """
+    if not bool(lung.any()):
+        raise DataError("E_MASK", where="latent lung mask", found="empty")
+    error = (zhat - zq)[:, :, lung]
+    w = torch.as_tensor(weights, dtype=error.dtype, device=error.device)
+    free = torch.as_tensor(~exact, device=error.device)
+    moving = torch.as_tensor(~(exact[1:] & exact[:-1]), device=error.device)
+    recon = (w * error.square().mean(dim=(1, 2)))[free].mean()
+    diff = (w[1:] * (error[1:] - error[:-1]).square().mean(dim=(1, 2)))[moving].mean()
+    return OdeLosses(optim.lambda_recon * recon + optim.lambda_diff * diff, recon, diff)
+
+
+class OdeTrainer:
+    """Trains a LatentODE at one site. `codebook` (K, c) embeds the cached codes; `tokenizer_sha256` names it.
+
+    The optimiser's moments stay at the site over rounds; everything that matters for the next step is in `state()`.
+    """
+
+    def __init__(
+        self, plan: Plan, codebook: Tensor, *, device: str = "cpu", seed: int, tokenizer_sha256: str = ""
+    ) -> None:
+        self.plan = plan
+        self.seed = seed
+        self.device = torch.device(device)
+        self.codebook = codebook.detach().to(self.device, torch.float32)
+        self.tokenizer_sha256 = tokenizer_sha256
+        with seeded(seed, "latent_ode"):
+            self.model = LatentODE(plan.temporal, self.codebook.shape[1]).to(self.device)
+        optim = plan.ode
+        self.optimiser = torch.optim.AdamW(
+            self.model.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
+        )
+        self.drawn = 0
+
+    def load_global(self, weights: Mapping[str, Tensor]) -> None:
+        """Start the round from the coordinator's weights. Raises ModelError E_WEIGHTS if they do not fit."""
+        load_strict(self.model.state_dict(), weights, what="the latent ODE")
+
+    def train(self, patients: Sequence[LatentPatient], *, steps: int, on_step: OnStep | None = None) -> OdeRound:
+        """Take `steps` optimiser steps of `plan.ode.accumulate` patients each.
+
+        Patients with one scan (or one time on the half-year grid) are left out. Raises DataError E_FEW if none is left,
+        ModelError E_TOKENIZER for codes of another tokenizer, ModelError E_NONFINITE if the loss is not finite; then
+        the weights are those before the failing step.
+        """
+        usable = self._usable(patients)
+        before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        sums: dict[str, float] = {}
+        used: set[str] = set()
+        for step in range(steps):
+            losses = self._step(usable, used)
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value
+            if on_step is not None:
+                on_step(step, losses)
+        means = {name: value / max(steps, 1) for name, value in sums.items()}
+        return OdeRound(weight_delta(before, self.model.state_dict()), len(used), means)
+
+    def _usable(self, patients: Sequence[LatentPatient]) -> list[LatentPatient]:
+        wanted = self.tokenizer_sha256 or (patients[0].tokenizer_sha256 if patients else "")
+        if any(patient.tokenizer_sha256 != wanted for patient in patients):
+            raise ModelError("E_TOKENIZER", where="cached codes", wanted=wanted)
+        usable = [patient for patient in patients if len(distinct_scans(patient.years, self.plan.temporal.grid)) > 1]
+        if not usable:
+            raise DataError("E_FEW", where="stage 2", found="no patient with two scans at different times")
+        # The order of files must not matter.
+        return sorted(usable, key=lambda patient: patient.pseudonym)
+
+    def _step(self, patients: list[LatentPatient], used: set[str]) -> dict[str, float]:
+        n = self.plan.ode.accumulate
+        sums = {"loss": 0.0, "recon": 0.0, "diff": 0.0}
+        self.optimiser.zero_grad(set_to_none=True)
+        for _ in range(n):
+            rng = np.random.default_rng(derive_seed(self.seed, "ode-given", self.drawn))
+            patient = patients[self._draw(len(patients))]
+            used.add(patient.pseudonym)
+            losses = self.loss_of(patient, rng)
+            (losses.total / n).backward()  # type: ignore[no-untyped-call]
+            for name, value in (("loss", losses.total), ("recon", losses.recon), ("diff", losses.diff)):
+                sums[name] += float(value.detach()) / n
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.ode.clip)
+        if not (math.isfinite(sums["loss"]) and math.isfinite(float(norm))):
+            raise ModelError("E_NONFINITE", where="stage 2 loss", found=str(sums["loss"]))
+        self.optimiser.step()
+        return sums
+
+    def _draw(self, n_patients: int) -> int:
+        epoch, position = divmod(self.drawn, n_patients)
+        self.drawn += 1
+        return int(np.random.default_rng(derive_seed(self.seed, "ode-epoch", epoch)).permutation(n_patients)[position])
+
+    def loss_of(self, patient: LatentPatient, rng: np.random.Generator) -> OdeLosses:
+        """The loss of one draw of one patient; `rng` decides which scans are given."""
+        spec, optim = self.plan.temporal, self.plan.ode
+        keep = distinct_scans(patient.years, spec.grid)
+        years = snap_times([float(patient.years[i]) for i in keep], spec.grid)
+        given = choose_given(len(keep), spec, rng)
+        zq, lung = embed(patient, self.codebook, keep)
+        t = torch.tensor([years], dtype=torch.float32, device=self.device)
+        zhat = self.model(
+            zq[None],
+            t,
+            torch.as_tensor(given.observed, device=self.device)[None],
+            t,
+            lung[None],
+            torch.tensor([given.last], device=self.device),
+        )[0]
+        return trajectory_loss(zhat, zq, lung, given.exact, optim, time_weights(len(keep), optim.weight_rise))
+
+    def state(self) -> TrainState:
+        """Weights, optimiser moments and the sampler's position."""
+        tensors = {f"model.{name}": tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
+        for i, moments in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{i}.{name}": value.detach().cpu().clone() for name, value in moments.items()}
+        return TrainState(tensors=tensors, meta={"stage": "ode", "drawn": self.drawn, "seed": self.seed})
+
+    def restore(self, state: TrainState) -> None:
+        """Go on from `state`. Raises ModelError E_CHECKPOINT if it is of another stage, E_WEIGHTS of another model."""
+        if state.meta.get("stage") != "ode":
+            raise ModelError("E_CHECKPOINT", where="stage", found=str(state.meta.get("stage")), wanted="ode")
+        self.load_global(_under("model.", state.tensors))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in _under("optimiser.", state.tensors).items():
+            index, name = key.split(".", 1)
+            moments.setdefault(int(index), {})[name] = value.clone()
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
+        self.drawn = int(state.meta["drawn"])
+        self.seed = int(state.meta["seed"])
+
+
+def distinct_scans(years: Tensor, grid: str) -> list[int]:
+    """Indices of the scans at times of their own, in time order; of equal times (on the grid) the first scan stays."""
+    exact = [float(y) for y in years]
+    snapped = snap_times(exact, grid)
+    kept: dict[float, int] = {}
+    for i in sorted(range(len(exact)), key=exact.__getitem__):
+        kept.setdefault(snapped[i], i)
+    return list(kept.values())
+
+
+def embed(patient: LatentPatient, codebook: Tensor, keep: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Code vectors (T, c, d, h, w) of the chosen scans, zero outside the lung, and the lung (d, h, w) bool."""
+    lung = patient.lung.to(codebook.device, torch.bool)
+    indices = patient.indices[list(keep)].to(codebook.device, torch.int64)
+    zq = codebook[indices].movedim(-1, 1)
+    return zq * lung.to(zq.dtype), lung
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

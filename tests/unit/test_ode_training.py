@@ -1,0 +1,151 @@
+"""Training of stage 2: what is given, what is counted, what is refused, and that stopping changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from fourdvq.data.latents import LatentPatient
+from fourdvq.errors import DataError, ModelError
+from fourdvq.plan import OdeTraining, TemporalSpec
+from fourdvq.training.checkpoint import load_state, save_state
+from fourdvq.training.latent_ode import OdeTrainer, choose_given, time_weights, trajectory_loss
+from temporal_cases import CODES, DIM, GRID
+from temporal_cases import latent_cohort as cohort
+from temporal_cases import ode_codebook as codebook
+from temporal_cases import ode_plan as plan
+from temporal_cases import ode_trainer as trainer
+
+
+def test_training_lowers_the_error_on_a_world_where_every_code_rises_by_one_a_year():
+    book = torch.linspace(-1, 1, CODES)[:, None].expand(CODES, DIM).contiguous()
+    start = torch.tensor(np.random.default_rng(0).integers(0, CODES - 3, GRID))
+    lung = torch.ones(GRID, dtype=torch.bool)
+    years = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
+    indices = torch.stack([start + k for k in range(4)]).to(torch.uint8)
+    settings = dataclasses.replace(plan(), ode=OdeTraining(lr=1e-2))
+    ours = OdeTrainer(settings, book, seed=0)
+    patients = [LatentPatient("p", indices, lung, years, "t")]
+    untrained = ours.train(patients, steps=1).losses["recon"]
+    ours.train(patients, steps=60)
+    assert ours.train(patients, steps=5).losses["recon"] < 0.05 * untrained
+
+
+def test_a_stopped_and_restored_trainer_ends_with_the_same_weights_bit_for_bit(tmp_path):
+    patients = cohort()
+    straight = trainer(mask_prob=0.3)
+    straight.train(patients, steps=7)
+    first = trainer(mask_prob=0.3)
+    first.train(patients, steps=3)
+    save_state(tmp_path / "ode", first.state())
+    second = trainer(seed=99, mask_prob=0.3)
+    second.restore(load_state(tmp_path / "ode"))
+    second.train(patients, steps=4)
+    for name, tensor in straight.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+
+
+def test_the_order_of_the_patients_is_irrelevant():
+    a, b = trainer(), trainer()
+    a.train(cohort(), steps=5)
+    b.train(cohort()[::-1], steps=5)
+    assert all(torch.equal(x, b.model.state_dict()[n]) for n, x in a.model.state_dict().items())
+
+
+def test_an_epoch_draws_every_patient_once_and_patients_are_counted_once():
+    ours = trainer()
+    assert ours.train(cohort(4), steps=3).patients_used == 3
+    ours = trainer()
+    assert ours.train(cohort(4), steps=4).patients_used == 4
+    assert ours.train(cohort(4), steps=9).patients_used == 4
+
+
+def test_patients_with_one_scan_are_left_out():
+    single = dataclasses.replace(cohort(1, scans=1)[0], pseudonym="single")
+    assert trainer().train([*cohort(2), single], steps=6).patients_used == 2
+    with pytest.raises(DataError, match="E_FEW"):
+        trainer().train([single], steps=1)
+
+
+def test_two_scans_in_one_half_year_are_one_scan_on_the_half_year_grid():
+    close = dataclasses.replace(cohort(1, scans=2)[0], years=torch.tensor([0.0, 0.2], dtype=torch.float64))
+    assert trainer(grid="exact").train([close], steps=1).patients_used == 1
+    with pytest.raises(DataError, match="E_FEW"):
+        trainer(grid="halfyear").train([close], steps=1)
+
+
+def test_codes_of_another_tokenizer_are_refused():
+    with pytest.raises(ModelError, match="E_TOKENIZER"):
+        trainer().train([*cohort(1), *cohort(1, tokenizer="other")], steps=1)
+    with pytest.raises(ModelError, match="E_TOKENIZER"):
+        OdeTrainer(plan(), codebook(), seed=0, tokenizer_sha256="frozen").train(cohort(), steps=1)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change():
+    ours = OdeTrainer(plan(), codebook() * float("nan"), seed=0)
+    before = {n: t.clone() for n, t in ours.model.state_dict().items()}
+    with pytest.raises(ModelError, match="E_NONFINITE"):
+        ours.train(cohort(), steps=1)
+    assert all(torch.equal(t, ours.model.state_dict()[n]) for n, t in before.items())
+
+
+def test_weights_of_another_architecture_are_refused():
+    with pytest.raises(ModelError, match="E_WEIGHTS"):
+        trainer().load_global(trainer(hidden=5).model.state_dict())
+
+
+@pytest.mark.parametrize(("n_scans", "allowed"), [(2, {1}), (3, {2}), (5, {2, 3, 4})])
+def test_a_forecasting_model_is_given_the_first_scans_and_asked_for_a_later_one(n_scans, allowed):
+    rng = np.random.default_rng(0)
+    draws = [choose_given(n_scans, TemporalSpec(), rng) for _ in range(60)]
+    assert {int(d.observed.sum()) for d in draws} == allowed
+    for draw in draws:
+        assert draw.observed[: draw.last + 1].all()
+        assert not draw.exact[draw.last + 1 :].any()
+        assert draw.exact[0]
+        assert draw.exact[draw.last]
+
+
+def test_the_published_model_reads_all_scans_and_hides_some_but_never_the_baseline():
+    rng = np.random.default_rng(0)
+    assert choose_given(4, TemporalSpec(anchor="paper"), rng).observed.all()
+    draws = [choose_given(4, TemporalSpec(anchor="paper", mask_prob=0.5), rng).observed for _ in range(200)]
+    share = np.mean(draws, axis=0)
+    assert share[0] == 1
+    np.testing.assert_allclose(share[1:], 0.5, atol=0.12)
+
+
+def test_time_weights_rise_to_twice_the_first_and_average_one():
+    w = time_weights(4, (1.0, 2.0))
+    np.testing.assert_allclose(w[-1] / w[0], 2.0)
+    np.testing.assert_allclose(np.diff(w), w[1] - w[0])
+    np.testing.assert_allclose(w.mean(), 1.0)
+
+
+def test_the_loss_equals_its_formula_written_out():
+    rng = np.random.default_rng(1)
+    zhat, zq = rng.normal(size=(3, DIM, *GRID)), rng.normal(size=(3, DIM, *GRID))
+    lung = rng.random(GRID) < 0.4
+    w = np.array([0.8, 1.0, 1.2])
+    exact = np.array([True, False, False])
+    optim = OdeTraining(lambda_recon=0.2, lambda_diff=1.0)
+    inside = [(zhat[i] - zq[i])[:, lung] for i in range(3)]
+    recon = (w[1] * (inside[1] ** 2).mean() + w[2] * (inside[2] ** 2).mean()) / 2
+    diff = (w[1] * ((inside[1] - inside[0]) ** 2).mean() + w[2] * ((inside[2] - inside[1]) ** 2).mean()) / 2
+    ours = trajectory_loss(torch.tensor(zhat), torch.tensor(zq), torch.tensor(lung), exact, optim, w)
+    np.testing.assert_allclose(float(ours.total), 0.2 * recon + diff, rtol=1e-12)
+
+
+def test_codes_outside_the_lung_do_not_enter_the_loss():
+    patient = cohort(1)[0]
+    elsewhere = patient.indices.clone()
+    elsewhere[:, ~patient.lung] = 5
+    ours = trainer()
+    losses = [
+        float(ours.loss_of(p, np.random.default_rng(0)).total.detach())
+        for p in (patient, dataclasses.replace(patient, indices=elsewhere))
+    ]
+    assert losses[0] == losses[1] > 0
