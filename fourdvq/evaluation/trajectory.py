@@ -1,0 +1,216 @@
+"""Scores of predicted scans on patients held out, with every control row beside the model. Source: evaluation page.
+
+Target scans only, against the real prepared scan (never its autoencoded version), in the baseline's lung mask, whole
+volume as well. `persistence` is the last given scan at or before the target's time: what a person would carry forward.
+Nothing here can be tuned on the scored scans: no blending, no scale, no choice.
+
+Modes: `extrapolation` gives the first two scans and asks for the later ones (as many as
+`plan.evaluation.times_per_patient`), `interpolation` gives the first and the last and asks for those between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fourdvq.data.datasets import PreparedPatient, load_lung, load_x01
+from fourdvq.errors import ConfigError
+from fourdvq.evaluation.changes import change_metrics
+from fourdvq.evaluation.levels import level_metrics
+from fourdvq.evaluation.rows import ROWS, Bench, Case, Forecaster
+from fourdvq.evaluation.summary import RowSums, combine, sums_of
+from fourdvq.generation import WorldModel, base_index, check_world, evaluating
+from fourdvq.plan import GIVEN_FOR_EXTRAPOLATION, Plan
+from fourdvq.training.seeds import generator
+
+MODES = ("extrapolation", "interpolation")
+
+
+@dataclass(frozen=True)
+class LongitudinalPatient:
+    """A held-out patient: years (T,) since scan 1, `scan(i)` (1, D, H, W) x01, lung (D, H, W) bool of scan 1."""
+
+    pseudonym: str
+    years: tuple[float, ...]
+    scan: Callable[[int], Tensor]
+    lung: Tensor
+
+
+@dataclass(frozen=True)
+class PatientScore:
+    """One value of one patient. It stays at the site; only sums over patients leave."""
+
+    row: str
+    metric: str
+    value: float
+
+
+def longitudinal(patient: PreparedPatient, window_hu: tuple[float, float]) -> LongitudinalPatient:
+    """A prepared patient as the evaluation reads it."""
+    scans = patient.scans
+    return LongitudinalPatient(
+        pseudonym=patient.pseudonym,
+        years=tuple(scan.years for scan in scans),
+        scan=lambda i: load_x01(scans[i], window_hu),
+        lung=load_lung(scans[0]),
+    )
+
+
+def score_trajectories(
+    world: WorldModel,
+    patients: Iterable[LongitudinalPatient],
+    plan: Plan,
+    *,
+    modes: Sequence[str] | None = None,
+    population_rate: Tensor | None = None,
+    forecasters: Mapping[str, Forecaster] | None = None,
+) -> list[RowSums]:
+    """Sums over patients of every row and metric, ready to be added to those of other sites.
+
+    `modes` defaults to the plan's. `population_rate` (c,) adds the row `population_change`; `forecasters` adds other
+    people's models by name, scored exactly as ours. Patients with too few scans for a mode are left out of it; how
+    many took part, and with how many scans, is the row `cohort`. Raises ModelError E_TOKENIZER if the world's two
+    networks do not belong together.
+    """
+    check_world(world)
+    sums: list[RowSums] = []
+    for patient in patients:
+        for mode in modes or plan.evaluation.modes:
+            scores = score_patient(
+                world, patient, plan, mode=mode, population_rate=population_rate, forecasters=forecasters
+            )
+            sums += [sums_of(score.row, score.metric, [score.value]) for score in scores]
+    return combine(sums)
+
+
+def score_patient(
+    world: WorldModel,
+    patient: LongitudinalPatient,
+    plan: Plan,
+    *,
+    mode: str = "extrapolation",
+    population_rate: Tensor | None = None,
+    forecasters: Mapping[str, Forecaster] | None = None,
+) -> list[PatientScore]:
+    """All values of one patient in one mode; empty if the patient has too few scans for it."""
+    case = case_of(patient, plan, mode)
+    if case is None:
+        return []
+    predictions = predict_rows(world, case, plan.seed, population_rate=population_rate, forecasters=forecasters or {})
+    pooled = predictions.pop("paper_pooled")
+    scores = [PatientScore("cohort", f"{mode}/pairs", len(case.targets))]
+    values = {row: _level_values(volumes, case.targets, case, plan) for row, volumes in predictions.items()}
+    for row, volumes in predictions.items():
+        scores += _scores_of(row, mode, values[row], values["persistence"], case, plan)
+        scores += _change_scores(row, mode, volumes, case)
+    everything = [*case.scans[:, 0], *case.targets]
+    for name, series in _level_values(pooled, everything, case, plan).items():
+        scores.append(PatientScore("paper_pooled", f"{mode}/{name}", sum(series) / len(series)))
+    return scores
+
+
+def case_of(patient: LongitudinalPatient, plan: Plan, mode: str) -> Case | None:
+    """Which scans are given and which are targets; None if the patient has too few. ConfigError E_VALUE for a mode."""
+    if mode not in MODES:
+        raise ConfigError("E_VALUE", where="mode", found=mode, wanted=" or ".join(MODES))
+    n = len(patient.years)
+    given = list(range(GIVEN_FOR_EXTRAPOLATION)) if mode == "extrapolation" else [0, n - 1]
+    targets = [i for i in range(1, n) if i not in given][: plan.evaluation.times_per_patient]
+    if n <= GIVEN_FOR_EXTRAPOLATION or not targets:
+        return None
+    return Case(
+        pseudonym=patient.pseudonym,
+        years_given=tuple(patient.years[i] for i in given),
+        scans=torch.stack([patient.scan(i) for i in given]),
+        years=tuple(patient.years[i] for i in targets),
+        targets=tuple(patient.scan(i)[0] for i in targets),
+        lung=patient.lung.bool(),
+    )
+
+
+@torch.inference_mode()
+def predict_rows(
+    world: WorldModel,
+    case: Case,
+    seed: int,
+    *,
+    population_rate: Tensor | None = None,
+    forecasters: Mapping[str, Forecaster],
+) -> dict[str, list[Tensor]]:
+    """Predicted volumes x01 (D, H, W) of every row, one for each target; in `paper_pooled` the given scans come first.
+
+    Raises ConfigError E_VALUE if a forecaster takes the name of one of our rows.
+    """
+    taken = sorted(set(forecasters) & {*ROWS, "paper_pooled", "cohort"})
+    if taken:
+        raise ConfigError("E_VALUE", where="forecasters", found=taken[0], wanted="a name that is not one of our rows")
+    with evaluating(world):
+        bench = Bench(world, case, generator(seed, "noise-control", case.pseudonym), population_rate)
+        predictions = {name: row(bench) for name, row in ROWS.items()}
+    for name, forecast in forecasters.items():
+        predictions[name] = list(forecast(case.scans, case.years_given, case.years, case.lung))
+    return {name: volumes for name, volumes in predictions.items() if volumes is not None}
+
+
+def _level_values(
+    volumes: Sequence[Tensor], targets: Sequence[Tensor], case: Case, plan: Plan
+) -> dict[str, list[float]]:
+    """`name/region` to one value per volume."""
+    values: dict[str, list[float]] = {}
+    for volume, target in zip(volumes, targets, strict=True):
+        for region, mask in (("lung", case.lung), ("whole", None)):
+            for name, value in level_metrics(volume, target, mask, plan.window_hu).items():
+                values.setdefault(f"{name}/{region}", []).append(value)
+    return values
+
+
+def _scores_of(
+    row: str,
+    mode: str,
+    values: Mapping[str, list[float]],
+    copied: Mapping[str, list[float]],
+    case: Case,
+    plan: Plan,
+) -> list[PatientScore]:
+    """Means over the patient's targets, with gains over copying beside them; in the lung also for each horizon bin."""
+    bins: dict[str, list[int]] = {"": list(range(len(case.targets)))}
+    for i, year in enumerate(case.years):
+        ahead = year - case.years_given[base_index(year, case.years_given)]
+        bins.setdefault("/" + horizon_label(ahead, plan.evaluation.horizon_bins_years), []).append(i)
+    scores = []
+    for suffix, members in bins.items():
+        chosen = {name: series for name, series in values.items() if not suffix or name.endswith("/lung")}
+        means = {name: _mean(series, members) for name, series in chosen.items()}
+        for region in ("lung", "whole") if not suffix else ("lung",):
+            copy_mse, copy_psnr = (_mean(copied[f"{name}/{region}"], members) for name in ("mse", "psnr"))
+            # Two equal scans leave nothing to gain: skill is then undefined, and the patient is left out of it.
+            means[f"skill/{region}"] = 1 - means[f"mse/{region}"] / copy_mse if copy_mse > 0 else math.nan
+            means[f"psnr_gain/{region}"] = means[f"psnr/{region}"] - copy_psnr if copy_mse > 0 else math.nan
+        scores += [PatientScore(row, f"{mode}/{name}{suffix}", value) for name, value in means.items()]
+    return scores
+
+
+def _change_scores(row: str, mode: str, volumes: Sequence[Tensor], case: Case) -> list[PatientScore]:
+    found: dict[str, list[float]] = {}
+    for volume, target, year in zip(volumes, case.targets, case.years, strict=True):
+        last = case.scans[base_index(year, case.years_given), 0]
+        for name, value in change_metrics(volume, last, target, case.lung).items():
+            found.setdefault(name, []).append(value)
+    return [PatientScore(row, f"{mode}/{name}/lung", sum(series) / len(series)) for name, series in found.items()]
+
+
+def horizon_label(years: float, bins: Sequence[float]) -> str:
+    """The bin of a horizon, such as `0-0.5`, `0.5-1` (upper end included) or `2+`."""
+    edges = [0.0, *bins]
+    for low, high in zip(edges, bins, strict=False):
+        if years <= high:
+            return f"{low:g}-{high:g}"
+    return f"{edges[-1]:g}+"
+
+
+def _mean(series: Sequence[float], members: Sequence[int]) -> float:
+    return sum(series[i] for i in members) / len(members)
