@@ -90,6 +90,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert_mapping(typing.get_args(hint), value, where)
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where=where)
+    if isinstance(origin, type):  # another generic class, an array of a dtype for example: taken as it is
+        return _convert_scalar(origin, value, where)
     return _convert_scalar(hint, value, where)
 
 

@@ -56,14 +56,17 @@ def take_apart(body: Any) -> Parts:
 def put_together(cls: type[T], parts: Parts) -> T:
     """The inverse of `take_apart`. Raises WireError E_MESSAGE if a part is missing, undeclared or of another type."""
     expected_arrays, expected_tensors = set(), set()
-    for name, hint in _leaf_types(cls):
-        if hint is np.ndarray:
+    for name, hint in leaf_types(cls):
+        if _is_array(hint):
             expected_arrays.add(name)
         elif _is_tensors(hint):
             expected_tensors.add(name)
     _same_names(cls, "arrays", set(parts.arrays), expected_arrays)
     _same_names(cls, "tensors", set(parts.tensors), expected_tensors)
     data: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            data[name] = {}  # a nested message may have no fields at all
     for source in (parts.fields, parts.arrays, parts.tensors):
         for name, value in source.items():
             _place(data, name, value)
@@ -91,18 +94,19 @@ def body_bytes(body: Any) -> int:
     return sum(t.numel() * t.element_size() for t in take_apart(body).all_tensors().values())
 
 
-def _leaf_types(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaf_types(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and declared type of every field, those of nested dataclasses included."""
     hints = typing.get_type_hints(cls, include_extras=True)
     for f in dataclasses.fields(cls):
         hint = hints[f.name]
         if dataclasses.is_dataclass(hint):
-            yield from _leaf_types(typing.cast(type, hint), f"{prefix}{f.name}.")
+            yield from leaf_types(typing.cast(type, hint), f"{prefix}{f.name}.")
         else:
             yield prefix + f.name, hint
 
 
 def _leaves(cls: type, body: Any) -> Iterator[tuple[str, Any, Any]]:
-    for name, hint in _leaf_types(cls):
+    for name, hint in leaf_types(cls):
         value = body
         for step in name.split("."):
             value = getattr(value, step)
@@ -110,7 +114,7 @@ def _leaves(cls: type, body: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _take_leaf(parts: Parts, name: str, hint: Any, value: Any) -> None:
-    if hint is np.ndarray:
+    if _is_array(hint):
         if not isinstance(value, np.ndarray) or value.dtype.name not in _ARRAY_DTYPES:
             raise WireError("E_MESSAGE", where=name, found=type(value).__name__, wanted="an array of numbers")
         parts.arrays[name] = value
@@ -178,6 +182,13 @@ def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
+def _is_array(hint: Any) -> bool:
+    """True for `np.ndarray`, for an array of a dtype, and for either with a declared form around it."""
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    return hint is np.ndarray or typing.get_origin(hint) is np.ndarray
+
+
 def _is_tensors(hint: Any) -> bool:
     args = typing.get_args(hint)
     return len(args) == 2 and args[1] is torch.Tensor
@@ -204,4 +215,4 @@ def _same_names(cls: type, what: str, found: set[str], wanted: set[str]) -> None
         )
 
 
-__all__ = ["Parts", "body_bytes", "body_sha256", "put_together", "take_apart"]
+__all__ = ["Parts", "body_bytes", "body_sha256", "leaf_types", "put_together", "take_apart"]

@@ -37,6 +37,7 @@ class Form:
 Sha256 = Annotated[str, Form("sha256 or empty", r"([0-9a-f]{64})?", 64)]
 Nonce = Annotated[str, Form("32 hex digits", r"[0-9a-f]{32}", 32)]
 RunId = Annotated[str, Form("run name", r"[a-z0-9][a-z0-9-]{0,47}", 48)]
+OptionalRunId = Annotated[str, Form("run name or empty", r"([a-z0-9][a-z0-9-]{0,47})?", 48)]
 SiteName = Annotated[str, Form("site name", r"[a-z][a-z0-9-]{0,31}", 32)]
 Version = Annotated[str, Form("version", r"[0-9A-Za-z.+-]{1,32}", 32)]
 Code = Annotated[str, Form("error code", r"[A-Z][A-Z_]{1,39}", 40)]

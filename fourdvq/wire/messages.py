@@ -13,11 +13,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 
+from fourdvq.survival.messages import MESSAGES as COX_MESSAGES
 from fourdvq.wire.forms import Code, Json, Nonce, RowName, RunId, Sha256, SiteName, Version
 
 PROTOCOL = 1
@@ -270,6 +271,51 @@ class EvalSummary(Reply):
         return EvalSummary(rows=rows, **columns, patients=self.patients + other.patients)  # type: ignore[arg-type]
 
 
+# --- survival ----------------------------------------------------------------------------------------------------
+
+
+class CoxTask(Task):
+    """One step of a survival analysis; the concrete classes, one a message type, are in `COX_TASKS`.
+
+    Fields: `analysis` counts the analyses of the run (a new one begins when a site is lost), `tokenizer_sha256` fixes
+    what a code means, `request` is one of the requests of `fourdvq.survival.messages`.
+    """
+
+    analysis: int
+    tokenizer_sha256: Sha256
+    request: Any
+
+
+class CoxReply(Reply):
+    """The site's sums for one step; the concrete classes are in `COX_REPLIES`. Additive where the sums are."""
+
+    egress: ClassVar[str] = "cox_stats"
+    sums: Any
+
+    def __add__(self, other: Self) -> Self:
+        return dataclasses.replace(self, sums=self.sums + other.sums)  # type: ignore[type-var]
+
+
+def _cox_task(action: str, request: type) -> type[CoxTask]:
+    fields = [("analysis", int), ("tokenizer_sha256", Sha256), ("request", request)]
+    name = "".join(word.title() for word in action.split("_")) + "Task"
+    space = {"kind": f"query.{action}", "trains": action not in EXTERNAL_COX, "__module__": __name__}
+    return dataclasses.make_dataclass(name, fields, bases=(CoxTask,), frozen=True, namespace=space)
+
+
+def _cox_reply(action: str, sums: type) -> type[CoxReply]:
+    name = "".join(word.title() for word in action.split("_")) + "Reply"
+    return dataclasses.make_dataclass(
+        name, [("sums", sums)], bases=(CoxReply,), frozen=True, namespace={"__module__": __name__}
+    )
+
+
+# An external site sees frozen coefficients and returns pair counts, nothing else.
+EXTERNAL_COX = frozenset({"cox_hello", "cox_scale", "cox_cindex", "cox_result"})
+COX_TASKS: dict[str, type[CoxTask]] = {f"query.{a}": _cox_task(a, request) for a, (request, _) in COX_MESSAGES.items()}
+COX_REPLIES: dict[str, type[CoxReply]] = {f"query.{a}": _cox_reply(a, sums) for a, (_, sums) in COX_MESSAGES.items()}
+
+
 # --- results to and from people ----------------------------------------------------------------------------------
 
 
@@ -296,21 +342,19 @@ class ReleaseTask(Task):
 
 
 # Message type to what it asks and what may answer it (a Refusal always may). The order is that of an experiment.
-TASKS: dict[str, type[Task]] = {
-    cls.kind: cls
-    for cls in (
-        HelloTask,
-        PlanTask,
-        CodebookInitTask,
-        VqganTask,
-        EncodeTask,
-        OdeTask,
-        ReconstructionTask,
-        TrajectoryTask,
-        ReportTask,
-        ReleaseTask,
-    )
-}
+_OTHER_TASKS: tuple[type[Task], ...] = (
+    HelloTask,
+    PlanTask,
+    CodebookInitTask,
+    VqganTask,
+    EncodeTask,
+    OdeTask,
+    ReconstructionTask,
+    TrajectoryTask,
+    ReportTask,
+    ReleaseTask,
+)
+TASKS: dict[str, type[Task]] = {cls.kind: cls for cls in (*_OTHER_TASKS, *COX_TASKS.values())}
 REPLIES: dict[str, type[Reply]] = {
     "query.hello": SiteCard,
     "query.plan": PlanAck,
@@ -322,6 +366,7 @@ REPLIES: dict[str, type[Reply]] = {
     "evaluate.trajectory": EvalSummary,
     "query.report": Report,
     "query.release": Receipt,
+    **COX_REPLIES,
 }
 
 
