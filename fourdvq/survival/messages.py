@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fourdvq.errors import WireError
-from fourdvq.wire.forms import Word
+from fourdvq.wire.forms import OptionalRunId, Sha256, Word
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
