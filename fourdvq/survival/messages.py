@@ -105,8 +105,8 @@ def array_fields(cls: type[Message]) -> dict[str, tuple[np.dtype[Any], Axes]]:
 def _read_fields(cls: type[Message]) -> dict[str, tuple[np.dtype[Any], Axes]]:
     found = {}
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-        if typing.get_origin(hint) is Annotated:
-            array, axes = typing.get_args(hint)
+        array, *forms = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+        for axes in (form for form in forms if isinstance(form, Axes)):
             found[name] = (np.dtype(typing.get_args(typing.get_args(array)[1])[0]), axes)
     return found
 
