@@ -27,6 +27,7 @@ from fourdvq.models.latent_ode import LatentODE, snap_times
 from fourdvq.models.vqgan import load_strict
 from fourdvq.plan import OdeTraining, Plan, TemporalSpec
 from fourdvq.training.checkpoint import TrainState
+from fourdvq.training.optimiser_state import pack_adam, unpack_adam
 from fourdvq.training.seeds import derive_seed, seeded
 from fourdvq.training.update import delta as weight_delta
 
@@ -200,8 +201,7 @@ class OdeTrainer:
     def state(self) -> TrainState:
         """Weights, optimiser moments and the sampler's position."""
         tensors = {f"model.{name}": tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
-        for i, moments in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{i}.{name}": value.detach().cpu().clone() for name, value in moments.items()}
+        tensors |= pack_adam("optimiser", self.optimiser)
         return TrainState(tensors=tensors, meta={"stage": "ode", "drawn": self.drawn, "seed": self.seed})
 
     def restore(self, state: TrainState) -> None:
@@ -209,11 +209,7 @@ class OdeTrainer:
         if state.meta.get("stage") != "ode":
             raise ModelError("E_CHECKPOINT", where="stage", found=str(state.meta.get("stage")), wanted="ode")
         self.load_global(_under("model.", state.tensors))
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in _under("optimiser.", state.tensors).items():
-            index, name = key.split(".", 1)
-            moments.setdefault(int(index), {})[name] = value.clone()
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
+        unpack_adam(self.optimiser, _under("optimiser.", state.tensors))
         self.drawn = int(state.meta["drawn"])
         self.seed = int(state.meta["seed"])
 
