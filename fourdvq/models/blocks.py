@@ -1,0 +1,157 @@
+"""Convolutions, normalisation and the residual block that encoder and decoder share.
+
+Layout of the published network: size-preserving convolutions, pre-activation residual blocks, SiLU. Source: paper
+section 2.1; layer details from its released code. Axes: B batch, C channels, D H W voxels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Norm = Literal["group", "batch"]
+Padding = Literal["zeros", "replicate"]
+
+MAX_GROUPS = 32  # code
+GROUP_EPS = 1e-6  # code
+SLOW_PATH_SIZE = 20_480  # torch: B C D H up to which a small convolution leaves oneDNN
+
+
+def norm3d(kind: Norm, channels: int) -> nn.Module:
+    """GroupNorm with min(32, channels / 2) groups (the nearest divisor of `channels` below), or BatchNorm3d."""
+    if kind == "batch":
+        return nn.BatchNorm3d(channels)
+    groups = max(1, min(MAX_GROUPS, channels // 2))
+    while channels % groups:
+        groups -= 1
+    return nn.GroupNorm(groups, channels, eps=GROUP_EPS)
+
+
+def normalise(norm: nn.Module, x: Tensor) -> Tensor:
+    """Apply `norm` to (B, C, D, H, W) without leaving a 16-bit dtype.
+
+    Autocast runs GroupNorm in float32 and so doubles what is kept for the backward pass; the kernel itself reads and
+    writes 16 bits and takes its statistics in float32, which is all that is needed.
+    """
+    if x.dtype is torch.float32 or not isinstance(norm, nn.GroupNorm):
+        plain: Tensor = norm(x)
+        return plain
+    with torch.autocast(x.device.type, enabled=False):
+        return F.group_norm(x, norm.num_groups, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+
+
+class Conv3dSame(nn.Module):
+    """Conv3d whose output has size input / stride. `kernel - stride` must be even, so that both sides get the same."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1, padding: Padding = "zeros"):
+        super().__init__()
+        side = _same_side(kernel, stride)
+        # Padding stands outside the convolution only where it must: it costs a copy of the volume.
+        self.outside = side if padding == "replicate" else 0
+        self.conv = nn.Conv3d(inputs, outputs, kernel, stride, padding=0 if self.outside else side)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, D, H, W) -> (B, outputs, D/stride, H/stride, W/stride)."""
+        if self.outside:
+            x = F.pad(x, (self.outside,) * 6, mode="replicate")
+        elif self.conv.kernel_size[0] == 3 and _takes_slow_path(x):
+            return _conv_in_halves(x, self.conv)
+        out: Tensor = self.conv(x)
+        return out
+
+
+class ConvTranspose3dSame(nn.Module):
+    """ConvTranspose3d with kernel 4 and stride 2 whose output has twice the input's size."""
+
+    def __init__(self, inputs: int, outputs: int, *, padding: Padding = "zeros"):
+        super().__init__()
+        kernel, stride = 4, 2
+        side = _same_side(kernel, stride)
+        self.outside = side if padding == "replicate" else 0
+        # One replicated voxel a side is cut off again by the larger padding, which crops the output.
+        inside = kernel - 1 if self.outside else side
+        self.conv = nn.ConvTranspose3d(inputs, outputs, kernel, stride, padding=inside)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, D, H, W) -> (B, outputs, 2D, 2H, 2W)."""
+        if self.outside:
+            x = F.pad(x, (self.outside,) * 6, mode="replicate")
+        out: Tensor = self.conv(x)
+        return out
+
+
+class ResBlock3d(nn.Module):
+    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), all of one width. Source: code."""
+
+    def __init__(self, channels: int, *, norm: Norm, padding: Padding):
+        super().__init__()
+        self.norm1 = norm3d(norm, channels)
+        self.conv1 = Conv3dSame(channels, channels, padding=padding)
+        self.norm2 = norm3d(norm, channels)
+        self.conv2 = Conv3dSame(channels, channels, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, D, H, W) -> the same shape."""
+        h = self.conv1(F.silu(normalise(self.norm1, x)))
+        change: Tensor = self.conv2(F.silu(normalise(self.norm2, h)))
+        return x + change
+
+
+class NormSiLU(nn.Module):
+    """SiLU(norm(x))."""
+
+    def __init__(self, channels: int, *, norm: Norm):
+        super().__init__()
+        self.norm = norm3d(norm, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, D, H, W) -> the same shape."""
+        return F.silu(normalise(self.norm, x))
+
+
+def voxel_shuffle(x: Tensor, factor: int = 2) -> Tensor:
+    """(B, C * factor^3, D, H, W) -> (B, C, factor D, factor H, factor W): channels become voxels of a cube."""
+    b, c, d, h, w = x.shape
+    f = factor
+    x = x.view(b, c // f**3, f, f, f, d, h, w).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.reshape(b, c // f**3, d * f, h * f, w * f)
+
+
+def levels_of(compression: int) -> int:
+    """Number of halvings for a compression per axis; ValueError if it is not a power of two above 1."""
+    levels = round(math.log2(compression)) if compression > 1 else 0
+    if levels < 1 or 2**levels != compression:
+        raise ValueError(f"compression {compression} is not a power of two above 1")
+    return levels
+
+
+def _takes_slow_path(x: Tensor) -> bool:
+    """Whether torch would run a 3^3 convolution of this input without oneDNN: one small float32 volume on a CPU.
+
+    Source: `use_mkldnn` in torch's Convolution.cpp; measured 2 to 4 times slower at 32x48x48 voxels.
+    """
+    small = x.shape[0] == 1 and x.shape[1:4].numel() <= SLOW_PATH_SIZE
+    return small and x.shape[2] % 2 == 0 and x.device.type == "cpu" and x.dtype is torch.float32 and not _autocasts()
+
+
+def _conv_in_halves(x: Tensor, conv: nn.Conv3d) -> Tensor:
+    """The same convolution as a batch of two halves along D that overlap by the kernel, which oneDNN accepts."""
+    half = x.shape[2] // 2
+    padded = F.pad(x, (0, 0, 0, 0, 1, 1))
+    halves = torch.cat([padded[:, :, : half + 2], padded[:, :, half:]])
+    out = F.conv3d(halves, conv.weight, conv.bias, padding=(0, 1, 1))
+    return torch.cat([out[:1], out[1:]], dim=2)
+
+
+def _autocasts() -> bool:
+    return torch.is_autocast_enabled("cpu")
+
+
+def _same_side(kernel: int, stride: int) -> int:
+    if (kernel - stride) % 2:
+        raise ValueError(f"kernel {kernel} with stride {stride} cannot be padded evenly")
+    return (kernel - stride) // 2
