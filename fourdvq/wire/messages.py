@@ -274,6 +274,7 @@ class EvalSummary(Reply):
 # --- survival ----------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class CoxTask(Task):
     """One step of a survival analysis; the concrete classes, one a message type, are in `COX_TASKS`.
 
@@ -286,6 +287,7 @@ class CoxTask(Task):
     request: Any
 
 
+@dataclass(frozen=True)
 class CoxReply(Reply):
     """The site's sums for one step; the concrete classes are in `COX_REPLIES`. Additive where the sums are."""
 
@@ -293,14 +295,13 @@ class CoxReply(Reply):
     sums: Any
 
     def __add__(self, other: Self) -> Self:
-        return dataclasses.replace(self, sums=self.sums + other.sums)  # type: ignore[type-var]
+        return dataclasses.replace(self, sums=self.sums + other.sums)
 
 
 def _cox_task(action: str, request: type) -> type[CoxTask]:
-    fields = [("analysis", int), ("tokenizer_sha256", Sha256), ("request", request)]
     name = "".join(word.title() for word in action.split("_")) + "Task"
     space = {"kind": f"query.{action}", "trains": action not in EXTERNAL_COX, "__module__": __name__}
-    return dataclasses.make_dataclass(name, fields, bases=(CoxTask,), frozen=True, namespace=space)
+    return dataclasses.make_dataclass(name, [("request", request)], bases=(CoxTask,), frozen=True, namespace=space)
 
 
 def _cox_reply(action: str, sums: type) -> type[CoxReply]:
