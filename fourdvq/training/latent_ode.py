@@ -101,10 +101,18 @@ def trajectory_loss(
     return OdeLosses(optim.lambda_recon * recon + optim.lambda_diff * diff, recon, diff)
 
 
+def initial_ode(plan: Plan) -> LatentODE:
+    """The untrained model that every site and the coordinator start from: a function of the plan alone."""
+    with seeded(plan.seed, "latent_ode"):
+        return LatentODE(plan.temporal, plan.model.code_dim)
+
+
 class OdeTrainer:
     """Trains a LatentODE at one site. `codebook` (K, c) embeds the cached codes; `tokenizer_sha256` names it.
 
-    The optimiser's moments stay at the site over rounds; everything that matters for the next step is in `state()`.
+    `seed` is the site's own (order of patients, given scans). The optimiser's moments stay at the site over rounds;
+    everything that matters for the next step is in `state()`. `federation.proximal_mu` pulls towards the weights that
+    the round started from (FedProx).
     """
 
     def __init__(
@@ -115,8 +123,7 @@ class OdeTrainer:
         self.device = torch.device(device)
         self.codebook = codebook.detach().to(self.device, torch.float32)
         self.tokenizer_sha256 = tokenizer_sha256
-        with seeded(seed, "latent_ode"):
-            self.model = LatentODE(plan.temporal, self.codebook.shape[1]).to(self.device)
+        self.model = initial_ode(plan).to(self.device)
         optim = plan.ode
         self.optimiser = torch.optim.AdamW(
             self.model.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
@@ -139,7 +146,7 @@ class OdeTrainer:
         sums: dict[str, float] = {}
         used: set[str] = set()
         for step in range(steps):
-            losses = self._step(usable, used)
+            losses = self._step(usable, used, before)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value
             if on_step is not None:
@@ -157,7 +164,7 @@ class OdeTrainer:
         # The order of files must not matter.
         return sorted(usable, key=lambda patient: patient.pseudonym)
 
-    def _step(self, patients: list[LatentPatient], used: set[str]) -> dict[str, float]:
+    def _step(self, patients: list[LatentPatient], used: set[str], start: Mapping[str, Tensor]) -> dict[str, float]:
         n = self.plan.ode.accumulate
         sums = {"loss": 0.0, "recon": 0.0, "diff": 0.0}
         self.optimiser.zero_grad(set_to_none=True)
@@ -169,11 +176,18 @@ class OdeTrainer:
             (losses.total / n).backward()  # type: ignore[no-untyped-call]
             for name, value in (("loss", losses.total), ("recon", losses.recon), ("diff", losses.diff)):
                 sums[name] += float(value.detach()) / n
+        self._pull_towards(start)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.ode.clip)
         if not (math.isfinite(sums["loss"]) and math.isfinite(float(norm))):
             raise ModelError("E_NONFINITE", where="stage 2 loss", found=str(sums["loss"]))
         self.optimiser.step()
         return sums
+
+    def _pull_towards(self, start: Mapping[str, Tensor]) -> None:
+        mu = self.plan.federation.proximal_mu
+        for name, parameter in self.model.named_parameters() if mu else ():
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start[name], alpha=mu)
 
     def _draw(self, n_patients: int) -> int:
         epoch, position = divmod(self.drawn, n_patients)
@@ -202,12 +216,14 @@ class OdeTrainer:
         """Weights, optimiser moments and the sampler's position."""
         tensors = {f"model.{name}": tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
         tensors |= pack_adam("optimiser", self.optimiser)
-        return TrainState(tensors=tensors, meta={"stage": "ode", "drawn": self.drawn, "seed": self.seed})
+        return TrainState(tensors=tensors, meta={"plan": self.plan.hash, "drawn": self.drawn, "seed": self.seed})
 
     def restore(self, state: TrainState) -> None:
-        """Go on from `state`. Raises ModelError E_CHECKPOINT if it is of another stage, E_WEIGHTS of another model."""
-        if state.meta.get("stage") != "ode":
-            raise ModelError("E_CHECKPOINT", where="stage", found=str(state.meta.get("stage")), wanted="ode")
+        """Go on from `state`. Raises ModelError E_CHECKPOINT if it is of another plan, E_WEIGHTS if it does not fit."""
+        if state.meta["plan"] != self.plan.hash:
+            raise ModelError(
+                "E_CHECKPOINT", where="training state", found="a state of another plan", wanted="this plan's"
+            )
         self.load_global(_under("model.", state.tensors))
         unpack_adam(self.optimiser, _under("optimiser.", state.tensors))
         self.drawn = int(state.meta["drawn"])

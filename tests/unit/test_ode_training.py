@@ -10,9 +10,10 @@ import torch
 
 from fourdvq.data.latents import LatentPatient
 from fourdvq.errors import DataError, ModelError
-from fourdvq.plan import OdeTraining, TemporalSpec
+from fourdvq.plan import FederationSpec, OdeTraining, TemporalSpec
 from fourdvq.training.checkpoint import load_state, save_state
 from fourdvq.training.latent_ode import OdeTrainer, choose_given, time_weights, trajectory_loss
+from fourdvq.training.update import global_norm
 from temporal_cases import CODES, DIM, GRID
 from temporal_cases import latent_cohort as cohort
 from temporal_cases import ode_codebook as codebook
@@ -46,6 +47,41 @@ def test_a_stopped_and_restored_trainer_ends_with_the_same_weights_bit_for_bit(t
     second.train(patients, steps=4)
     for name, tensor in straight.model.state_dict().items():
         assert torch.equal(tensor, second.model.state_dict()[name]), name
+
+
+def test_a_state_of_another_plan_is_refused():
+    with pytest.raises(ModelError, match="E_CHECKPOINT"):
+        trainer(hidden=5).restore(trainer().state())
+
+
+def test_the_proximal_term_keeps_a_round_near_its_start():
+    settings = dataclasses.replace(plan(), ode=OdeTraining(lr=1e-2, clip=1e9))
+    pulled = dataclasses.replace(settings, federation=FederationSpec(proximal_mu=100.0))
+    moved = [global_norm(OdeTrainer(p, codebook(), seed=0).train(cohort(), steps=15).delta) for p in (settings, pulled)]
+    assert moved[1] < 0.5 * moved[0]
+
+
+def test_every_site_starts_from_the_weights_that_the_plan_determines():
+    a, b = (OdeTrainer(plan(), codebook(), seed=seed).model.state_dict() for seed in (1, 2))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"projector": "paper", "anchor": "paper", "solver": "dopri5"},
+        {"projector": "paper", "anchor": "paper", "solver": "dopri5", "skip": False},
+        {"projector": "paper", "anchor": "paper", "solver": "dopri5", "mask_prob": 0.5, "grid": "halfyear"},
+        {"projector": "paper", "anchor": "last_given", "encoder": "ode_conv_gru"},
+        {"anchor": "identity", "time_gap_channel": True},
+    ],
+    ids=["proposed", "no skip", "masked", "ode conv gru", "identity"],
+)
+def test_every_row_of_the_ablation_table_trains(settings):
+    ours = trainer(**settings)
+    done = ours.train(cohort(), steps=3)
+    assert np.isfinite(done.losses["loss"])
+    assert all(float(d.abs().max()) > 0 for d in done.delta.values())
 
 
 def test_the_order_of_the_patients_is_irrelevant():
