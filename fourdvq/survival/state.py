@@ -1,0 +1,346 @@
+"""CoxSiteState: everything a site does in one survival analysis, one answer per request, every rule checked first.
+
+`answer(request)` finds the handler by the request's type, checks the site's policy, computes sums from the site's own
+rows, and writes an audit line, for a refusal too. The network handlers and the in-process calls both drive this object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import hmac
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from fourdvq.config import sha256_of
+from fourdvq.errors import FourdvqError, SurvivalError
+from fourdvq.survival import disclosure as rules
+from fourdvq.survival.concordance import pair_counts, risks
+from fourdvq.survival.cox import Prepared, evaluate, prepare
+from fourdvq.survival.disclosure import AuditLine, Budget, Policy, RunRegister, refuse
+from fourdvq.survival.folds import assign_folds, folds_digest, permutation, training_rows
+from fourdvq.survival.kaplan_meier import km_sums, logrank_sums
+from fourdvq.survival.masking import MaskedSums, Masker
+from fourdvq.survival.messages import (
+    F64,
+    I64,
+    Bool,
+    CorrelationRequest,
+    CorrelationSums,
+    CoxMoments,
+    CoxRequest,
+    CoxSums,
+    GridRequest,
+    GridSums,
+    HelloRequest,
+    KmRequest,
+    KmSums,
+    LogRankRequest,
+    LogRankSums,
+    Message,
+    MomentsRequest,
+    PairCounts,
+    PairRequest,
+    PhRequest,
+    PhSums,
+    Receipt,
+    ResultMessage,
+    RiskSums,
+    ScaleRequest,
+    Sums,
+)
+from fourdvq.survival.proportional import ph_sums
+from fourdvq.survival.scale import site_moments
+from fourdvq.survival.shared import grid_sums, risk_messages
+from fourdvq.survival.table import CoxSite, strata_of
+
+MISSING_IDS = "pseudonyms of the patients"
+
+
+@dataclass(frozen=True)
+class SiteCard:
+    """What a site says about an analysis beside the sums: digests that show two runs used the same thing."""
+
+    name: str
+    cohort: str
+    folds: str
+    policy: str
+
+
+@dataclass
+class _Study:
+    """The analysis in progress."""
+
+    hello: HelloRequest
+    site: CoxSite  # with training rows
+    allowed: Bool  # (B,)
+    moments_sent: bool = False
+    prepared: Prepared | None = None
+    kept: Bool = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    grid: GridRequest | None = None
+    correlated: bool = False
+    folds_digest: str = ""
+
+
+class CoxSiteState:
+    """One site. `policy` "off" is for local data and tests; `key` is the site's secret for folds and permutations.
+
+    `codebook_sha256`: of the codes in the table; another one is refused. `masker`: hides this site's part of a sum.
+    Raises Refused E_COX_RULE with the rule's name as `where`, and SurvivalError for a table that cannot be used.
+    """
+
+    def __init__(
+        self,
+        site: CoxSite,
+        policy: Policy | Literal["off"],
+        key: bytes = b"",
+        *,
+        register: RunRegister | None = None,
+        codebook_sha256: str = "",
+        masker: Masker | None = None,
+    ) -> None:
+        self.site, self.key = site, key
+        self.policy = rules.as_policy(policy)
+        self.register = register if register is not None else RunRegister()
+        self.codebook_sha256, self.masker = codebook_sha256, masker
+        self.audit: list[AuditLine] = []
+        most = self.policy.max_evaluations if self.policy else 1 << 30
+        self._budget, self._pairs = Budget(most), Budget(most)
+        self._study: _Study | None = None
+
+    def answer(self, request: Message) -> Sums:
+        """The site's sums for one request."""
+        handler = _HANDLERS.get(type(request))
+        try:
+            if handler is None:
+                raise refuse("unknown_request")
+            sums = handler(self, request)
+        except FourdvqError as error:
+            self._log(request, error.where if error.code == "E_COX_RULE" else error.code)
+            raise
+        self._log(request, "")
+        return sums
+
+    def send(self, request: Message) -> Sums | MaskedSums:
+        """The answer in the form that leaves: masked where this site has a masker."""
+        sums = self.answer(request)
+        if self.masker is None:
+            return sums
+        try:
+            return self.masker.mask(sums)
+        except FourdvqError as error:
+            self._log(request, error.where)
+            raise
+
+    def card(self) -> SiteCard:
+        """Digests of cohort, folds and policy; keyed, so that they identify without telling."""
+        cohort = hmac.new(self.key or b"cohort", self.site.digest.encode(), hashlib.sha256).hexdigest()
+        digest = self._study.folds_digest if self._study else ""
+        return SiteCard(self.site.name, cohort, digest, sha256_of(self.policy) if self.policy else "off")
+
+    # ---- handlers: one per request type
+
+    def _hello(self, request: HelloRequest) -> Receipt:
+        if request.codebook_sha256 != self.codebook_sha256:
+            raise refuse("codebook")
+        if self.policy:
+            rules.check_covariates(self.policy, self.site, request.covariates)
+            if request.sites >= self.policy.masking_from and self.masker is None:
+                raise refuse("masking")
+            key_digest = hashlib.sha256(b"key:" + self.key).hexdigest()
+            self.register.claim(self.card().cohort, key_digest, request.purpose, request.run)
+        site, digest = self._with_folds(request)
+        if request.codes:
+            codes = list(request.codes)
+            if self.policy and not rules.allowed_codes(self.policy, site.X[_rows(site)][:, codes]).all():
+                raise refuse("min_carriers")
+            names = (*(f"code_{code}" for code in codes), *site.names) if site.names else ()
+            C = np.column_stack([site.X[:, codes], site.C])
+            site = dataclasses.replace(site, X=site.X[:, :0], C=C, names=names)
+        allowed = np.ones(site.X.shape[1], dtype=bool)
+        if self.policy:
+            rules.check_cohort(self.policy, site, _train(site))
+            allowed = rules.allowed_codes(self.policy, site.X[_rows(site)])
+        self._study = _Study(hello=request, site=site, allowed=allowed, folds_digest=digest)
+        most = self._budget.most
+        self._budget, self._pairs = Budget(most), Budget(most)
+        return _receipt()
+
+    def _moments(self, _: MomentsRequest) -> CoxMoments:
+        study = self._begun()
+        if self.policy and study.moments_sent:
+            raise refuse("max_evaluations")
+        study.moments_sent = True
+        return site_moments(study.site, allowed=study.allowed)
+
+    def _scale(self, request: ScaleRequest) -> Receipt:
+        study = self._begun()
+        columns = study.site.X.shape[1] + study.site.C.shape[1]
+        if len(request.mean) != columns or not np.isfinite(request.mean).all() or not (request.sd > 0).all():
+            raise refuse("scale")
+        if (request.kept & ~study.allowed).any():
+            raise refuse("withheld_code")
+        if self.policy:
+            if study.prepared is not None:
+                raise refuse("scale")
+            values = np.column_stack([study.site.X, study.site.C])[_rows(study.site)]
+            watched = np.concatenate([request.kept, np.ones(study.site.C.shape[1], dtype=bool)])
+            own = values.std(axis=0)
+            if (request.sd < self.policy.min_sd_ratio * own)[watched].any():
+                raise refuse("scale")
+        study.kept = request.kept
+        study.prepared = prepare(study.site, request, ties=study.hello.ties, shuffle=self._shuffle)
+        return _receipt()
+
+    def _grid(self, request: GridRequest) -> GridSums:
+        study = self._begun()
+        if self.policy:
+            rules.check_grid(self.policy, request)
+        sums = grid_sums(request, study.site.t, study.site.e, self.policy)
+        study.grid = request if sums.accepting.all() else None
+        return sums
+
+    def _cox(self, request: CoxRequest) -> CoxSums | RiskSums:
+        prepared = self._ready(request, self._budget)
+        policy, grid = self.policy, self._begun().grid
+        least = policy.min_effective_patients if policy else 0.0
+        if self._begun().hello.baseline == "site":
+            return evaluate(prepared, request, min_effective=least)
+        if grid is None:
+            raise refuse("times")
+        bound = policy.max_abs_eta if policy else rules.OFF_ABS_ETA
+        return risk_messages(prepared, request, grid, max_abs_eta=bound, min_effective=least)
+
+    def _pair(self, request: PairRequest) -> PairCounts:
+        prepared = self._ready(request, self._pairs)
+        if self.policy is None:
+            return pair_counts(prepared, request)
+        return pair_counts(prepared, request, min_pairs=self.policy.min_pairs, min_deaths=self.policy.min_pair_deaths)
+
+    def _correlation(self, request: CorrelationRequest) -> CorrelationSums:
+        study, prepared = self._begun(), self._scaled()
+        codes = request.codes
+        if ((codes < 0) | (codes >= len(study.kept))).any() or not study.kept[codes].all():
+            raise refuse("withheld_code")
+        if self.policy and (study.correlated or len(codes) > self.policy.max_correlated):
+            raise refuse("max_evaluations")
+        study.correlated = True
+        z = prepared.Z[_rows(study.site)][:, codes]
+        a, b = np.triu_indices(len(codes))
+        n = np.array([len(z)], dtype=np.int64)
+        return CorrelationSums(n=n, sx=z.sum(axis=0), sxx=(z[:, a] * z[:, b]).sum(axis=0))
+
+    def _ph(self, request: PhRequest) -> PhSums:
+        self._check_frozen(request.beta)
+        return ph_sums(self._scaled(), request)
+
+    def _km(self, _: KmRequest) -> KmSums:
+        study = self._begun()
+        if study.grid is None:
+            raise refuse("times")
+        return km_sums(study.site.t, study.site.e, study.grid)
+
+    def _logrank(self, request: LogRankRequest) -> LogRankSums:
+        self._check_frozen(request.beta)
+        prepared, site = self._scaled(), self._begun().site
+        high = risks(prepared.Z[:, -1:], prepared.C, request.beta[None])[1][:, 0] > 0
+        if self.policy and min(high.sum(), (~high).sum()) < self.policy.min_class:
+            raise refuse("min_class")
+        return logrank_sums(site.t, site.e, high, strata_of(site))
+
+    def _result(self, _: ResultMessage) -> Receipt:
+        return _receipt()
+
+    # ---- helpers
+
+    def _with_folds(self, request: HelloRequest) -> tuple[CoxSite, str]:
+        site = self.site
+        if request.folds < 0:
+            return site, ""
+        if request.folds == 0:
+            return dataclasses.replace(site, train=np.ones((1, len(site.t)), dtype=bool)), ""
+        if site.ids is None:
+            raise SurvivalError("E_SURVIVAL_INPUT", where="column ids", found="nothing", wanted=MISSING_IDS)
+        fold = assign_folds(site.ids, site.e, folds=request.folds, key=self.key, site=site.name, mode=request.fold_mode)
+        train = training_rows(fold, request.folds)
+        return dataclasses.replace(site, train=train), folds_digest(site.ids, fold, key=self.key)
+
+    def _begun(self) -> _Study:
+        if self._study is None:
+            raise refuse("order")
+        return self._study
+
+    def _scaled(self) -> Prepared:
+        prepared = self._begun().prepared
+        if prepared is None:
+            raise refuse("order")
+        return prepared
+
+    def _ready(self, request: CoxRequest | PairRequest, budget: Budget) -> Prepared:
+        """Check shapes, codes, permutations, coefficients and budget of a request for many models."""
+        prepared, study = self._scaled(), self._begun()
+        n_analyses = len(request.replicates) * len(prepared.train)
+        if request.active.shape != (n_analyses, prepared.Z.shape[1]):
+            raise refuse("shape")
+        if request.beta.shape != (request.active.sum(), prepared.n_parameters):
+            raise refuse("shape")
+        if request.active[:, :-1][:, ~study.kept].any():
+            raise refuse("withheld_code")
+        if (request.replicates < 0).any() or len(np.unique(request.replicates)) < len(request.replicates):
+            raise refuse("shape")
+        if self.policy:
+            if (request.replicates > self.policy.max_permutations).any():
+                raise refuse("max_permutations")
+            rules.check_beta(self.policy, request.beta)
+            budget.spend(request.replicates, request.active)
+        return prepared
+
+    def _check_frozen(self, beta: F64) -> None:
+        prepared = self._scaled()
+        if beta.shape != (prepared.n_parameters,):
+            raise refuse("shape")
+        if self.policy:
+            rules.check_beta(self.policy, beta)
+
+    def _shuffle(self, replicate: int) -> I64:
+        return permutation(len(self.site.t), replicate, key=self.key, site=self.site.name)
+
+    def _log(self, request: Message, rule: str) -> None:
+        arrays = request.arrays()
+        shapes = " ".join(f"{name}{list(a.shape)}" for name, a in arrays.items())
+        h = hashlib.sha256(type(request).__name__.encode())
+        for name, array in arrays.items():
+            h.update(name.encode() + array.tobytes())
+        h.update(repr(sorted(request.scalars().items())).encode())
+        run = self._study.hello.run if self._study else ""
+        self.audit.append(AuditLine(run, type(request).__name__, shapes, h.hexdigest(), rule))
+
+
+_HANDLERS: dict[type[Message], Callable[[CoxSiteState, Any], Sums]] = {
+    HelloRequest: CoxSiteState._hello,
+    MomentsRequest: CoxSiteState._moments,
+    ScaleRequest: CoxSiteState._scale,
+    GridRequest: CoxSiteState._grid,
+    CoxRequest: CoxSiteState._cox,
+    PairRequest: CoxSiteState._pair,
+    CorrelationRequest: CoxSiteState._correlation,
+    PhRequest: CoxSiteState._ph,
+    KmRequest: CoxSiteState._km,
+    LogRankRequest: CoxSiteState._logrank,
+    ResultMessage: CoxSiteState._result,
+}
+
+
+def _train(site: CoxSite) -> Bool:
+    return np.ones((1, len(site.t)), dtype=bool) if site.train is None else np.asarray(site.train)
+
+
+def _rows(site: CoxSite) -> Bool:
+    return np.asarray(_train(site).any(axis=0))
+
+
+def _receipt() -> Receipt:
+    return Receipt(sites=np.ones(1, dtype=np.int64))
