@@ -173,7 +173,8 @@ def _why(plan: Plan, attempts: list[Analysis], rows: list[dict[str, Any]]) -> st
     return (
         f"{len(done.selected)} of {rule.top}: of {plan.model.n_codes} codes {len(done.withheld)} were withheld by the "
         f"sites' rules, {len(rows)} fitted in all {plan.survival.folds} folds, {len(hazard)} raise the hazard, "
-        f"{len(strict)} with p < {rule.max_p} in every fold, {len(ordered)} also with C > {rule.min_c}; the rule was not relaxed"
+        f"{len(strict)} with p < {rule.max_p} in every fold, {len(ordered)} also with C > {rule.min_c}; "
+        "the rule was not relaxed"
     )
 
 
