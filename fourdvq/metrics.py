@@ -22,7 +22,7 @@ SSIM_K2 = 0.03
 
 def mse(a: Tensor, b: Tensor, mask: Tensor | None = None, data_range: float = 1.0) -> float:
     """Mean squared voxel difference over `data_range` squared."""
-    return _masked_mean((_batch(a) - _batch(b)).double().square(), a, b, mask) / data_range**2
+    return _masked_mean(_difference(a, b).square(), mask) / data_range**2
 
 
 def psnr(a: Tensor, b: Tensor, mask: Tensor | None = None, data_range: float = 1.0) -> float:
@@ -36,7 +36,7 @@ def mae_hu(
 ) -> float:
     """Mean absolute difference in HU of two volumes in [0, 1] that were scaled by `window_hu`."""
     low, high = window_hu
-    return _masked_mean((_batch(a) - _batch(b)).double().abs(), a, b, mask) * (high - low)
+    return _masked_mean(_difference(a, b).abs(), mask) * (high - low)
 
 
 def ssim(a: Tensor, b: Tensor, mask: Tensor | None = None, data_range: float = 1.0) -> float:
@@ -48,7 +48,7 @@ def ssim(a: Tensor, b: Tensor, mask: Tensor | None = None, data_range: float = 1
     _check(a, b)
     if mask is None and min(a.shape[-3:]) >= SSIM_WINDOW:
         return float(_ssim_windows(_batch(a), _batch(b), data_range).double().mean())
-    return _masked_mean(ssim_map(a, b, data_range).double(), a, b, mask)
+    return _masked_mean(ssim_map(a, b, data_range).double(), mask)
 
 
 def ssim_map(a: Tensor, b: Tensor, data_range: float = 1.0) -> Tensor:
@@ -82,17 +82,23 @@ def _blur(x: Tensor) -> Tensor:
     return x
 
 
-def _masked_mean(values: Tensor, a: Tensor, b: Tensor, mask: Tensor | None) -> float:
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """a - b as (B, 1, D, H, W) float64."""
     _check(a, b)
+    return (_batch(a) - _batch(b)).double()
+
+
+def _masked_mean(values: Tensor, mask: Tensor | None) -> float:
+    """Mean of (B, 1, D, H, W), over the voxels where a mask of that shape or of (D, H, W) is above 0."""
     if mask is None:
         return float(values.mean())
     chosen = mask.to(values.device) > 0
-    if chosen.shape not in (values.shape, values.shape[-3:], a.shape):
-        raise ModelError("E_VALUE", where="mask", found=str(tuple(mask.shape)), wanted=str(tuple(a.shape)))
-    chosen = chosen.expand_as(values) if chosen.ndim == 3 else chosen
+    if chosen.shape not in (values.shape, values.shape[-3:]):
+        found, wanted = str(tuple(mask.shape)), f"{tuple(values.shape[-3:])} or {tuple(values.shape)}"
+        raise ModelError("E_VALUE", where="mask", found=found, wanted=wanted)
     if not bool(chosen.any()):
         raise ModelError("E_VALUE", where="mask", found="no voxel", wanted="at least one voxel")
-    return float(values[chosen].mean())
+    return float(values[chosen.expand_as(values)].mean())
 
 
 def _batch(volume: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from vqgan_cases import TINY, smooth_volume
 
 from fourdvq.errors import ModelError
 from fourdvq.federation.codebook import CodebookState
@@ -19,6 +18,7 @@ from fourdvq.models.vqgan import (
     tokenizer_sha256,
 )
 from fourdvq.training.seeds import seeded
+from vqgan_cases import TINY, smooth_volume
 
 
 def model(**changes) -> VQGAN3d:
