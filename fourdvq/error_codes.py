@@ -289,6 +289,7 @@ CODES: dict[str, Explanation] = {
     "W_FILLED": _E("one missing slice was filled", "an isolated gap in a thin series", "a complete series", "nothing to do"),
     "W_DUP": _E("an identical slice or scan was left out", "it was exported twice", "one copy", "nothing to do"),
     "W_SAMEDAY": _E("two scans on one day", "the better one is kept", "one scan per day", "nothing to do"),
+    "W_TILT": _E("tilted gantry, corrected", "slices were shifted back along their normal", "an untilted series", "nothing to do"),
     "W_PRONE": _E("prone position", "gravity moves the lung's density", "supine", "nothing to do"),
     "W_CONTRAST": _E("contrast agent", "vessels are brighter", "no contrast", "nothing to do"),
     "W_SPLIT": _E("a mixed series was split", "the best part was kept", "one geometry per series", "nothing to do"),
