@@ -1,0 +1,52 @@
+"""Codes of patients under one tokenizer, made once: latents/<tokenizer>/<pseudonym>/, bound to their scans' content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fourdvq.config import sha256_of
+from fourdvq.data.datasets import PreparedPatient
+from fourdvq.data.files import write_atomic
+from fourdvq.data.latents import LatentPatient, load_latents, save_latents
+from fourdvq.errors import FourdvqError, ModelError
+
+
+class LatentCache:
+    """The folder of one tokenizer; its name is the tokenizer's sha256."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def get(self, patient: PreparedPatient) -> LatentPatient | None:
+        """The patient's codes, or None if there are none, or they were made from other scans."""
+        folder = self._folder / patient.pseudonym
+        made_from = folder / "made_from"
+        if not made_from.is_file() or made_from.read_text(encoding="utf-8") != _content(patient):
+            return None
+        try:
+            return load_latents(folder, tokenizer_sha256=self._folder.name)
+        except FourdvqError:
+            return None
+
+    def need(self, patient: PreparedPatient) -> LatentPatient:
+        """The patient's codes. Raises ModelError E_TOKENIZER if the scans were not encoded, or changed since."""
+        latents = self.get(patient)
+        if latents is None:
+            raise ModelError(
+                "E_TOKENIZER",
+                where=f"latents of {patient.pseudonym}",
+                found="none for these scans",
+                fix="the coordinator repeats `query.encode` when the run is resumed",
+            )
+        return latents
+
+    def put(self, patient: PreparedPatient, latents: LatentPatient) -> LatentPatient:
+        """Keep the codes and return them."""
+        folder = self._folder / patient.pseudonym
+        save_latents(folder, latents)
+        write_atomic(folder / "made_from", _content(patient).encode())
+        return latents
+
+
+def _content(patient: PreparedPatient) -> str:
+    return sha256_of([[s.index, s.days, s.content_sha256] for s in patient.scans])
