@@ -11,7 +11,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,7 @@ class FolderScan:
 
     candidates: tuple[SeriesCandidate, ...]
     skipped: Counter[str] = field(default_factory=Counter)
+    unreadable: tuple[Path, ...] = ()
 
 
 def find_series(folder: Path) -> list[SeriesCandidate]:
@@ -113,11 +114,14 @@ def scan_folder(folder: Path) -> FolderScan:
         raise VolumeError("E_FOLDER", where=str(folder))
     kept: list[SliceHeader] = []
     skipped: Counter[str] = Counter()
+    unreadable = []
     for path in walk_files(folder):
         reason = _why_skipped(path, kept)
         if reason:
             skipped[reason] += 1
-    return FolderScan(tuple(group_slices(kept)), skipped)
+        if reason == "E_CORRUPT":
+            unreadable.append(path)
+    return FolderScan(tuple(group_slices(kept)), skipped, tuple(unreadable))
 
 
 def walk_files(folder: Path) -> Iterator[Path]:
@@ -142,13 +146,14 @@ def read_header(path: Path) -> SliceHeader | None:
             data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
         except InvalidDicomError:
             data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=True)
-        if not data.get("SOPClassUID") or not data.get("Modality"):
-            return None
-        return _header(path, data)
+        if data.get("SOPClassUID") and data.get("Modality"):
+            return _header(path, data)
+        found = "a header that ends early"
     except Exception as error:  # a damaged header fails in many ways inside pydicom; all mean the same here
-        if _has_preamble(path):
-            raise VolumeError("E_CORRUPT", where=str(path), found=type(error).__name__) from None
-        return None
+        found = type(error).__name__
+    if _has_preamble(path):
+        raise VolumeError("E_CORRUPT", where=str(path), found=found)
+    return None
 
 
 def group_slices(slices: Iterable[SliceHeader]) -> list[SeriesCandidate]:
@@ -275,9 +280,3 @@ def _number(data: pydicom.Dataset, name: str) -> float | None:
         return None if value is None else float(value)
     except (TypeError, ValueError):
         return None
-
-
-def without_slices(candidate: SeriesCandidate, leave_out: Iterable[Path]) -> SeriesCandidate:
-    """The candidate without the named files."""
-    gone = set(leave_out)
-    return replace(candidate, slices=tuple(s for s in candidate.slices if s.path not in gone))

@@ -177,7 +177,7 @@ def load_profile(path: Path) -> Profile:
 
 
 def require_supported(profile: Profile) -> None:
-    """Raise ConfigError E_UNSUPPORTED, before any work, for a method or backend that this installation does not have."""
+    """Raise ConfigError E_UNSUPPORTED, before any work, for a method or backend that is not there."""
     from fourdvq.preprocessing.registration import BACKENDS
     from fourdvq.preprocessing.segmentation import METHODS
 
