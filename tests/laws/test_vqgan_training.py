@@ -1,4 +1,4 @@
-"""Laws of stage 1: a federation equals pooled or local training where mathematics says so, and a stop changes nothing."""
+"""Laws of stage 1: a federation equals pooled or local training where it must, and a stop changes nothing."""
 
 from __future__ import annotations
 
