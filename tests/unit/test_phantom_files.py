@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -18,7 +19,7 @@ SIZE = (20, 32, 32)
 
 
 def _make(folder, **changes):
-    arguments = {"patients": 3, "seed": 5, "size": SIZE, "scans_per_patient": (2, 3)} | changes
+    arguments: dict[str, Any] = {"patients": 3, "seed": 5, "size": SIZE, "scans_per_patient": (2, 3)} | changes
     return phantom.make_cohort(folder, **arguments)
 
 

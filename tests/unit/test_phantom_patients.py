@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
 from fourdvq.data.phantom import draw_patients, extent_at, hazard_at
+from fourdvq.data.phantom.patients import PER_EXTENT
 from fourdvq.errors import ConfigError
 
 MANY = draw_patients(3000, 11)
@@ -71,7 +73,7 @@ def test_time_to_death_follows_the_cumulative_hazard():
     for patient in MANY:
         years = patient.time_days / 365.25
         extents = np.array([extent_at(patient, t) for t in fine * years])
-        hazard = hazard_at(patient, 0.0) * np.exp(5.5 * (extents - extents[0]))
+        hazard = hazard_at(patient, 0.0) * np.exp(PER_EXTENT * (extents - extents[0]))
         exposure += float(np.trapezoid(hazard, fine * years))
         deaths += patient.event == "death"
     assert deaths == pytest.approx(exposure, rel=4 / np.sqrt(deaths))
@@ -117,7 +119,7 @@ def test_the_longitudinal_share_decides_who_has_more_than_one_scan():
     ],
 )
 def test_impossible_arguments_are_refused_by_name(wrong):
-    arguments = {"patients": 2, "seed": 1} | wrong
+    arguments: dict[str, Any] = {"patients": 2, "seed": 1} | wrong
     with pytest.raises(ConfigError) as caught:
         draw_patients(arguments.pop("patients"), arguments.pop("seed"), **arguments)
     assert caught.value.code == "E_VALUE"

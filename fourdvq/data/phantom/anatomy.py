@@ -145,7 +145,8 @@ def _paint_spine(hu: Array, grid: Grid, x: Array, y: Array, z: Array) -> None:
     box = (slice(None), slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
     edge = max(1.0, 0.7 * float(np.prod(grid.spacing)) ** (1 / 3))
     bone, share = spine_hu(x[box], y[box], z[box], edge)
-    hu[box] += (bone - hu[box]) * share
+    # The thorns of a thin patient must not stick out of the skin.
+    hu[box] = mix(hu[box], bone, share * (hu[box] > -300.0))
 
 
 def _paint_tubes(hu: Array, grid: Grid, place: _Placement) -> None:

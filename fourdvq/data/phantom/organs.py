@@ -47,10 +47,10 @@ _AIRWAYS: dict[str, _Knots] = {
 def wall_hu(build: Build, shapes: Shapes, x: Array, z: Array, noise: Array, edge_mm: float) -> Array:
     """Skin, fat and muscle of the body wall, from the depth under the skin."""
     depth = shapes.skin
-    fat = np.float32(build.fat_mm) * (1.0 + 0.25 * noise)
+    fat = np.float32(build.fat_mm) * (1.0 + 0.18 * noise)
     muscle = soft_step(depth - fat, edge_mm)
     # Fat lies in sheets between the muscles, and fills much of the armpit.
-    sheets = 0.7 * smoothstep(noise, 0.75, 1.2)
+    sheets = 0.7 * smoothstep(noise, 0.75, 1.2) * (0.3 + 0.7 * smoothstep(z, -20.0, 40.0))
     armpit = smoothstep(np.abs(x), 95.0, 125.0) * smoothstep(z, 15.0, 55.0)
     muscle = muscle * (1.0 - sheets + armpit * (sheets - 0.85 * smoothstep(noise, 0.3, -0.2)))
     hu = mix(np.full_like(muscle, FAT_HU), MUSCLE_HU, muscle)

@@ -20,8 +20,8 @@ from fourdvq.errors import ConfigError
 DAYS_PER_YEAR = 365.25
 
 # Baseline hazard and effects, chosen for about half of the patients to die under observation.
-LOG_HAZARD = -3.95
-PER_EXTENT = 5.5
+LOG_HAZARD = -4.75
+PER_EXTENT = 8.0
 PER_YEAR_OF_AGE = 0.02
 OF_MEN = 0.2
 OF_SMOKERS = 0.2
@@ -143,7 +143,7 @@ def _draw(
     smoking: Literal["ever", "never"] = "ever" if rng.random() < 0.65 else "never"
     age = round(float(np.clip(rng.normal(68.0, 8.0), 45.0, 89.0)), 1)
     fast = bool(rng.random() < 0.4)
-    start = round(float(0.05 + 0.30 * rng.beta(1.6, 1.9)), 4)
+    start = round(float(0.05 + 0.30 * rng.beta(1.2, 1.4)), 4)
     rate = round(float(rng.uniform(0.10, 0.20) if fast else rng.uniform(0.03, 0.06)), 4)
     risk = _log_risk(age, sex, smoking)
     time_days, event = _outcome(rng, risk, start, rate)

@@ -151,7 +151,7 @@ def spine_hu(x: Array, y: Array, z: Array, edge_mm: float) -> tuple[Array, Array
     wing = 6.0 - np.hypot(y - 24.0 - 0.22 * np.abs(x), (phase + 1.0) * 0.9) - np.maximum(np.abs(x) - 36.0, 0.0)
     wing = np.where(np.abs(x) > 10.0, wing, np.float32(-9.0))
     slope = np.mod(z + 4.0 + 0.75 * (y - 32.0), np.float32(_SPINE_PERIOD)) - np.float32(_SPINE_PERIOD / 2)
-    thorn = np.minimum(3.4 - np.abs(x), np.minimum(np.minimum(y - 30.0, 54.0 - y) * 0.5, 7.5 - np.abs(slope)))
+    thorn = np.minimum(3.4 - np.abs(x), np.minimum(np.minimum(y - 30.0, 44.0 - y) * 0.5, 7.5 - np.abs(slope)))
     arch = np.maximum(np.maximum(np.where(level > 0.3, ring, ring - 3.0), wing), thorn)
     in_arch = np.clip(arch / np.float32(edge_mm) + 0.5, 0.0, 1.0) * (canal > 0.95)
     share = np.maximum(in_body, in_arch)
