@@ -70,7 +70,8 @@ class CoxDesk:
         if hello.source != "real" or hello.feature != "level":
             raise Refused("E_COX_RULE", where="source", found=f"{hello.source} {hello.feature}", wanted="real level")
         histograms = self._histograms(task.tokenizer_sha256, plan, *COHORTS[hello.cohort])
-        rows = [row for row in clinical_of(self.workspace.prep) if row.pseudonym in histograms]
+        clinical = clinical_of(self.workspace.prep, transplant=plan.survival.transplant)
+        rows = [row for row in clinical if row.pseudonym in histograms]
         table = biomarker_table(histograms, rows, name=self.site).site
         secret = self.workspace.secret.read_bytes()
         state = CoxSiteState(

@@ -17,11 +17,15 @@ import torch
 
 from fourdvq.errors import CODES, Refused
 from fourdvq.plan import Plan
+from fourdvq.survival.selection import REPLICATES_AT_ONCE as MOST_REPLICATES
 from fourdvq.tensors import Weights, first_nonfinite, form_difference, payload_sha256
 from fourdvq.training.update import WIRE_DTYPES, clip_relative, to_wire
 from fourdvq.wire.messages import (
+    COX_REPLIES,
     CodebookInitTask,
     CodebookSums,
+    CoxReply,
+    CoxTask,
     EncodeTask,
     EvalSummary,
     OdeUpdate,
@@ -246,6 +250,30 @@ def _report(outcome: Outcome, context: Context) -> Cleared:
     return Cleared(Report(report_json=reply.report_json), _REPORT_ALLOWANCE + _JSON_ALLOWANCE)
 
 
+def _cox(outcome: Outcome, context: Context) -> Cleared:
+    """Sums of a survival analysis: exactly the declared class, finite, and no axis longer than the models asked for.
+
+    The disclosure rules themselves were applied before anything was summed (`fourdvq.survival.disclosure`).
+    """
+    reply, task = outcome.reply, context.task
+    wanted = COX_REPLIES.get(type(task).kind) if isinstance(task, CoxTask) else None
+    if wanted is None or type(reply) is not wanted or not isinstance(reply, CoxReply) or context.plan is None:
+        raise _refuse("type", f"{type(reply).__name__} for {type(task).__name__}")
+    declared = wanted.__dataclass_fields__["sums"].type
+    if type(reply.sums) is not declared:
+        raise _refuse("type", f"sums of class {type(reply.sums).__name__}")
+    arrays = reply.sums.arrays()
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise Refused("NONFINITE", where="cox_stats")
+    survival = context.plan.survival
+    models = (context.plan.model.n_codes + 1) * survival.folds * max(1, min(survival.permutations, MOST_REPLICATES))
+    parameters = 1 + len(survival.covariates)
+    longest = max(models, context.plan.model.n_codes + parameters, parameters * (parameters + 1) // 2)
+    if any(size > longest for array in arrays.values() for size in array.shape):
+        raise _refuse("cox_stats", "an array longer than the models that were asked for")
+    return Cleared(reply, sum(array.nbytes for array in arrays.values()) + _JSON_ALLOWANCE)
+
+
 _RULES: dict[type[Reply], Callable[[Outcome, Context], Cleared]] = {
     VqganUpdate: _vqgan,
     OdeUpdate: _ode,
@@ -255,6 +283,7 @@ _RULES: dict[type[Reply], Callable[[Outcome, Context], Cleared]] = {
     Receipt: _receipt,
     EvalSummary: _summary,
     Report: _report,
+    **dict.fromkeys(COX_REPLIES.values(), _cox),
 }
 
 

@@ -17,6 +17,7 @@ from fourdvq.training.checkpoint import write_atomic
 from fourdvq_client.accepted import AcceptedRounds
 from fourdvq_client.audit import AuditLog, Entry
 from fourdvq_client.code_identity import Installed, check_code, installed_code
+from fourdvq_client.cox_desk import CoxDesk
 from fourdvq_client.guard import Guard
 from fourdvq_client.policy import LoadedPolicy, load_policy
 from fourdvq_client.worker import Worker, make_worker
@@ -34,6 +35,7 @@ class Site:
     rounds: AcceptedRounds
     guard: Guard
     worker: Worker
+    cox: CoxDesk
 
     def seed(self, plan: Plan) -> int:
         """The site's own seed under a plan: keyed with its secret, so nobody outside can repeat its draws."""
@@ -103,7 +105,14 @@ def open_site(root: Path, *, worker: str | None = None) -> Site:
     rounds = AcceptedRounds(workspace.state)
     guard = Guard(config.site, facts, audit, rounds)
     return Site(
-        workspace, config, facts, audit, rounds, guard, make_worker(worker or config.worker, workspace, config.device)
+        workspace,
+        config,
+        facts,
+        audit,
+        rounds,
+        guard,
+        worker=make_worker(worker or config.worker, workspace, config.device),
+        cox=CoxDesk(workspace, config.site),
     )
 
 

@@ -13,8 +13,11 @@ from fourdvq import __version__
 from fourdvq.data.datasets import open_prepared
 from fourdvq.data.prepared import MANIFEST_COLUMNS, read_table
 from fourdvq.errors import CODES, CohortError, Refused
+from fourdvq.plan import Plan
 from fourdvq.wire.messages import (
+    COX_TASKS,
     CodebookInitTask,
+    CoxTask,
     EncodeTask,
     HelloTask,
     OdeTask,
@@ -89,6 +92,11 @@ def plan(task: PlanTask, envelope: TaskEnvelope, site: Site) -> Outcome:
     return Outcome(PlanAck(approved=approved))
 
 
+def survival(task: CoxTask, envelope: TaskEnvelope, site: Site) -> Outcome:
+    """One step of a survival analysis: sums over the site's patients, under the `cox` rules of its policy."""
+    return site.cox.answer(task, envelope, _plan_of(task, envelope, site), site.facts.policy().rules)
+
+
 def report(_task: Task, _envelope: TaskEnvelope, site: Site) -> Outcome:
     """What a person submitted; an empty object if nothing lies in the outbox."""
     path = site.workspace.outbox / OUTBOX_FILE
@@ -102,10 +110,15 @@ def release(task: ReleaseTask, _envelope: TaskEnvelope, site: Site) -> Outcome:
 
 
 def _job(task: Task, envelope: TaskEnvelope, site: Site) -> Job:
+    found = _plan_of(task, envelope, site)
+    return Job(task, envelope, found, site.seed(found))
+
+
+def _plan_of(task: Task, envelope: TaskEnvelope, site: Site) -> Plan:
     found = site.facts.plan(envelope.plan)
     if found is None:
         raise Refused("PLAN_NOT_APPROVED", where=type(task).kind)
-    return Job(task, envelope, found, site.seed(found))
+    return found
 
 
 def _refused_scans(site: Site) -> dict[str, int]:
@@ -126,4 +139,5 @@ HANDLERS: dict[type[Task], Handler] = {
     TrajectoryTask: lambda task, envelope, site: site.worker.evaluate_trajectory(_job(task, envelope, site)),
     ReportTask: report,
     ReleaseTask: release,
+    **dict.fromkeys(COX_TASKS.values(), survival),
 }
