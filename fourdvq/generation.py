@@ -98,10 +98,9 @@ def generate(
     used, E_VALUE for another shape, E_NAN for values that are not finite; ModelError E_UNSUPPORTED for samples > 0:
     this model has one trajectory.
     """
-    if samples != 0 or generator is not None:
-        raise ModelError(
-            "E_UNSUPPORTED", where="samples", found=str(samples), wanted="0: the latent ODE is deterministic"
-        )
+    if samples != 0:
+        found = f"{samples} samples" + (" from a generator" if generator is not None else "")
+        raise ModelError("E_UNSUPPORTED", where="samples", found=found, wanted="0: the latent ODE is deterministic")
     check_world(model)
     given = _check_given(scans, times_given, model)
     asked = snap_times([float(s) for s in times], model.ode.spec.grid)
