@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -142,12 +143,11 @@ def walk_files(folder: Path) -> Iterator[Path]:
 def read_header(path: Path) -> SliceHeader | None:
     """The header of a file, or None if it is not DICOM. Raises VolumeError E_CORRUPT if it is, but cannot be read."""
     try:
-        try:
-            data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
-        except InvalidDicomError:
-            data = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=True)
-        if data.get("SOPClassUID") and data.get("Modality"):
-            return _header(path, data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydicom's warnings quote header values
+            data = _read_tags(path)
+            if data.get("SOPClassUID") and data.get("Modality"):
+                return _header(path, data)
         found = "a header that ends early"
     except Exception as error:  # a damaged header fails in many ways inside pydicom; all mean the same here
         found = type(error).__name__
@@ -213,6 +213,13 @@ def _is_derived(header: SliceHeader) -> bool:
     if header.sop_class == _SECONDARY_CAPTURE or kinds & {"LOCALIZER", "SECONDARY"}:
         return True
     return bool(kinds) and not kinds & {"ORIGINAL", "AXIAL"}
+
+
+def _read_tags(path: Path) -> pydicom.Dataset:
+    try:
+        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
+    except InvalidDicomError:
+        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=True)
 
 
 def _has_preamble(path: Path) -> bool:

@@ -100,8 +100,11 @@ def load_series(candidate: SeriesCandidate, limits: SeriesLimits | None = None) 
 
 
 def best_series(folder: Path, *, study_key: str = "") -> SeriesCandidate:
-    """The series of a folder (of one study, if named) to use. Raises VolumeError E_EMPTY, E_NOTCT, E_DERIVED, E_CORRUPT
-    or E_ARCHIVE if there is none, by what was there instead."""
+    """The series of a folder (of one study, if named) to use.
+
+    Raises VolumeError E_CORRUPT for a file that cannot be read, and E_NOTCT, E_DERIVED, E_ARCHIVE or E_EMPTY if there
+    is no series, by what was there instead.
+    """
     found = scan_folder(folder)
     candidates = [c for c in found.candidates if not study_key or c.study_key == study_key]
     if found.unreadable:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fourdvq.config import sha256_of, to_plain
-from fourdvq.data.files import write_atomic, write_with
+from fourdvq.data.files import write_atomic
 from fourdvq.data.prepared import MANIFEST_COLUMNS, write_json, write_table
 from fourdvq.data.review import read_decisions, valid_decision
 from fourdvq.preprocessing.profile import Profile
@@ -86,8 +87,8 @@ def write_outputs(folder: Path, hu: np.ndarray, mask: np.ndarray, picture: bytes
     """Write the arrays and the picture; returns the part of the record that describes them."""
     (folder / "step.json").unlink(missing_ok=True)
     packed = np.packbits(mask)
-    write_with(folder / "hu.npy", lambda path: _save(path, hu))
-    write_with(folder / "mask.npy", lambda path: _save(path, packed))
+    write_atomic(folder / "hu.npy", _npy(hu))
+    write_atomic(folder / "mask.npy", _npy(packed))
     write_atomic(folder / "qc.png", picture)
     digest = hashlib.sha256()
     digest.update(np.ascontiguousarray(hu).tobytes())
@@ -192,6 +193,8 @@ def _round(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
 
 
-def _save(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as stream:
-        np.save(stream, array, allow_pickle=False)
+def _npy(array: np.ndarray) -> bytes:
+    """The .npy form in memory: numpy's own writing to a full disk loses the reason."""
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()

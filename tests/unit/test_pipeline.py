@@ -1,0 +1,343 @@
+"""A patient goes through preparation: what comes out, what a bad scan does, what a second run does, what leaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dicom_factory import CANARY_DATE, CANARY_ID, write_series
+from fourdvq.data.cohort import load_cohort
+from fourdvq.data.volume import Volume, read_volume, write_nifti
+from fourdvq.errors import ConfigError
+from fourdvq.preprocessing.inputs import SourceHashes
+from fourdvq.preprocessing.pipeline import (
+    PatientResult,
+    ScanInput,
+    ScanResult,
+    prepare_patient,
+    scan_inputs,
+    write_manifest,
+)
+from fourdvq.preprocessing.profile import Profile, load_profile, profile_from, profile_to_plain
+from synthetic_lungs import chest
+
+PROFILES = Path(__file__).parents[2] / "configs" / "preprocessing"
+SIZE = (30, 40, 40)
+NAME = "0123456789ab"
+
+
+def write_scan(folder: Path, name: str, **anatomy) -> tuple[Path, Path]:
+    scan, mask = chest(SIZE, **anatomy)
+    image, lung = folder / f"{name}.nii.gz", folder / f"{name}_lung.nii.gz"
+    write_nifti(scan, image)
+    write_nifti(mask, lung)
+    return image, lung
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """Three scans of one patient: day 0, day 200 (moved and smaller), day 400."""
+    folder = tmp_path_factory.mktemp("source")
+    write_scan(folder, "a")
+    write_scan(folder, "b", shift_mm=(8.0, 5.0, -6.0), scale=0.96)
+    write_scan(folder, "c", shift_mm=(-4.0, 2.0, 3.0), scale=0.95)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo() -> Profile:
+    return load_profile(PROFILES / "demo.yaml")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Profile:
+    return load_profile(PROFILES / "tiny.yaml")
+
+
+def inputs(folder: Path, names: str = "abc") -> list[ScanInput]:
+    return [ScanInput(i, 200 * i, folder / f"{n}.nii.gz", folder / f"{n}_lung.nii.gz") for i, n in enumerate(names)]
+
+
+def arrays(prep: Path, index: int) -> tuple[np.ndarray, np.ndarray]:
+    folder = prep / NAME / str(index)
+    hu = np.load(folder / "hu.npy")
+    return hu, np.unpackbits(np.load(folder / "mask.npy"), count=hu.size).reshape(hu.shape).astype(bool)
+
+
+def test_a_patient_is_prepared_on_one_grid_with_the_baselines_background(source, demo, tmp_path):
+    result = prepare_patient(inputs(source), demo, tmp_path, pseudonym=NAME)
+    assert [s.status for s in result.scans] == ["ok", "ok", "ok"]
+    assert [s.baseline for s in result.scans] == [0, 0, 0]
+    base, mask = arrays(tmp_path, 0)
+    assert base.shape == demo.grid.size
+    assert base.dtype == np.int16
+    for index in (1, 2):
+        hu, same_mask = arrays(tmp_path, index)
+        np.testing.assert_array_equal(same_mask, mask)
+        np.testing.assert_array_equal(hu[~mask], base[~mask])
+        assert (hu[mask] != base[mask]).mean() > 0.9
+        pair = result.scans[index].qc["pair"]
+        assert pair["dice"] > 0.95
+        assert pair["dice"] > pair["dice_before"]
+        assert pair["ncc"] > pair["ncc_before"]
+        assert np.corrcoef(hu[mask], base[mask])[0, 1] > 0.9
+    record = json.loads((tmp_path / NAME / "1" / "step.json").read_text())
+    extent = [n * s for n, s in zip(base.shape, record["spacing_mm"], strict=True)]
+    scan, lung = chest(SIZE)
+    for axis in range(3):
+        inside = np.flatnonzero((lung.hu > 0).any(axis=tuple(a for a in range(3) if a != axis)))
+        lung_mm = (inside[-1] - inside[0] + 1) * scan.spacing[axis]
+        assert extent[axis] == pytest.approx(lung_mm + 2 * demo.fov.margin_mm)
+    for index in range(3):
+        assert Image.open(tmp_path / NAME / str(index) / "qc.png").size[0] > 500
+
+
+def test_the_picture_shows_yellow_and_blue_before_and_grey_after(source, demo, tmp_path):
+    prepare_patient(inputs(source, "ab"), demo, tmp_path, pseudonym=NAME)
+    picture = np.asarray(Image.open(tmp_path / NAME / "1" / "qc.png").convert("RGB")).astype(int)
+    row = picture[180:250]  # the axial merges: before, after, final
+    colour = np.abs(row[..., 0] - row[..., 2])
+    assert (row[..., 0] == row[..., 1]).mean() > 0.5
+    before, after = colour[:, 4:180], colour[:, 184:360]
+    assert after.mean() < 0.5 * before.mean()
+
+
+def test_two_runs_give_equal_bytes_and_a_third_does_nothing(source, demo, tmp_path):
+    results = [prepare_patient(inputs(source, "ab"), demo, tmp_path / run, pseudonym=NAME) for run in "xy"]
+    files = sorted(p.relative_to(tmp_path / "x") for p in (tmp_path / "x").rglob("*") if p.is_file())
+    assert len(files) == 10
+    for file in files:
+        assert (tmp_path / "x" / file).read_bytes() == (tmp_path / "y" / file).read_bytes(), file
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "x").rglob("*")}
+    again = prepare_patient(inputs(source, "ab"), demo, tmp_path / "x", pseudonym=NAME)
+    assert all(s.reused for s in again.scans)
+    assert [s.content_sha256 for s in again.scans] == [s.content_sha256 for s in results[0].scans]
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "x").rglob("*")} == times
+
+
+def test_only_what_a_change_touches_is_made_again(source, tiny, tmp_path):
+    prepare_patient(inputs(source, "ab"), tiny, tmp_path, pseudonym=NAME)
+
+    def reused(profile: Profile, scans: list[ScanInput]) -> list[bool]:
+        return [s.reused for s in prepare_patient(scans, profile, tmp_path, pseudonym=NAME).scans]
+
+    window = replace(tiny, window_hu=(-900.0, 300.0))
+    assert reused(window, inputs(source, "ab")) == [True, True]
+    assert json.loads((tmp_path / NAME / "0" / "step.json").read_text())["profile_sha256"] == window.sha256
+    more = replace(tiny, registration=replace(tiny.registration, affine_iterations=5))
+    assert reused(more, inputs(source, "ab")) == [True, False]
+    assert reused(more, inputs(source, "abc")) == [True, True, False]
+    (tmp_path / NAME / "1" / "hu.npy").unlink()
+    assert reused(more, inputs(source, "abc")) == [True, False, True]
+    assert reused(replace(more, grid=replace(more.grid, depth=20)), inputs(source, "abc")) == [False, False, False]
+    later = [replace(s, days=s.days * 2) for s in inputs(source, "abc")]
+    assert reused(replace(more, grid=replace(more.grid, depth=20)), later) == [True, True, True]
+    assert json.loads((tmp_path / NAME / "2" / "step.json").read_text())["days"] == 800
+
+
+def test_a_bad_scan_is_refused_with_its_code_and_the_next_becomes_the_baseline(source, tiny, tmp_path):
+    broken = tmp_path / "broken.nii.gz"
+    broken.write_bytes((source / "a.nii.gz").read_bytes()[:2000])
+    scans = inputs(source)
+    scans[0] = replace(scans[0], path=broken)
+    result = prepare_patient(scans, tiny, tmp_path / "prep", pseudonym=NAME)
+    assert (result.scans[0].status, result.scans[0].code) == ("refused", "E_CORRUPT")
+    assert [s.baseline for s in result.scans] == [0, 1, 1]
+    assert all(s.content_sha256 for s in result.scans[1:])
+    again = prepare_patient(scans, tiny, tmp_path / "prep", pseudonym=NAME)
+    assert all(s.reused for s in again.scans)
+    retried = prepare_patient(scans, tiny, tmp_path / "prep", pseudonym=NAME, retry_failed=True)
+    assert [s.reused for s in retried.scans] == [False, True, True]
+    repaired = prepare_patient(inputs(source), tiny, tmp_path / "prep", pseudonym=NAME)
+    assert [s.baseline for s in repaired.scans] == [0, 0, 0]
+    assert [s.reused for s in repaired.scans] == [False, False, False]
+
+
+def test_a_rejected_baseline_gives_way_to_the_next_scan(source, tiny, tmp_path):
+    prepare_patient(inputs(source), tiny, tmp_path, pseudonym=NAME)
+    result = prepare_patient(inputs(source), tiny, tmp_path, pseudonym=NAME, excluded={0})
+    assert [s.baseline for s in result.scans] == [0, 1, 1]
+    assert [s.reused for s in result.scans] == [True, False, False]
+
+
+def test_a_scan_that_left_the_cohort_leaves_the_folder(source, tiny, tmp_path):
+    prepare_patient(inputs(source), tiny, tmp_path, pseudonym=NAME)
+    prepare_patient(inputs(source, "ab"), tiny, tmp_path, pseudonym=NAME)
+    assert sorted(p.name for p in (tmp_path / NAME).iterdir()) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"max_thickness_mm": 2.5}, "E_THICK"),
+        ({"max_thickness_mm": 2.5, "thick": "warn"}, "W_THICK"),
+        ({"min_coverage_mm": 400.0, "cut_field": "refuse"}, "E_FOV"),
+        ({"min_coverage_mm": 400.0, "cut_field": "warn"}, "W_MASK_FOV"),
+        ({"max_lung_ml": 2000.0}, "V_VOLUME"),
+        ({"min_lung_ml": 6000.0}, "V_VOLUME"),
+    ],
+)
+def test_limits_refuse_review_or_warn_as_the_profile_says(source, tiny, tmp_path, limits, expected):
+    profile = replace(tiny, limits=replace(tiny.limits, **limits))
+    scan = prepare_patient(inputs(source, "a"), profile, tmp_path, pseudonym=NAME).scans[0]
+    assert expected in scan.codes
+    assert scan.status == {"E": "refused", "V": "review", "W": "ok"}[expected[0]]
+    assert bool(scan.content_sha256) == (scan.status != "refused")
+
+
+def test_one_lung_a_cut_field_and_a_wrong_intercept_are_seen(tiny, tmp_path):
+    scan, mask = chest(SIZE)
+    half = mask.hu.copy()
+    half[:, :, SIZE[2] // 2 :] = 0
+    cut = slice(8, None)
+    cases = {
+        "one": (scan.hu, half, "E_ONELUNG"),
+        "cut": (scan.hu[cut], mask.hu[cut], "E_FOV"),
+        "hu": (scan.hu + 80, mask.hu, "E_HU"),
+    }
+    profile = replace(tiny, limits=replace(tiny.limits, cut_field="refuse"))
+    for name, (hu, lung, code) in cases.items():
+        write_nifti(Volume(hu.astype(np.int16), scan.spacing, scan.origin), tmp_path / f"{name}.nii.gz")
+        write_nifti(Volume(lung, scan.spacing, scan.origin), tmp_path / f"{name}_lung.nii.gz")
+        given = ScanInput(0, 0, tmp_path / f"{name}.nii.gz", tmp_path / f"{name}_lung.nii.gz")
+        result = prepare_patient([given], profile, tmp_path / name, pseudonym=NAME).scans[0]
+        assert (result.status, result.code) == ("refused", code)
+
+
+def test_a_missing_mask_is_refused_under_provided_and_ignored_under_threshold(source, tiny, tmp_path):
+    scan = replace(inputs(source, "a")[0], mask_path=None)
+    assert prepare_patient([scan], tiny, tmp_path / "p", pseudonym=NAME).scans[0].code == "E_MASK"
+    threshold = replace(tiny, segmentation=replace(tiny.segmentation, method="threshold"))
+    result = prepare_patient([scan], threshold, tmp_path / "t", pseudonym=NAME).scans[0]
+    assert (result.status, result.grade) == ("review", "REVIEW")
+    assert "V_MASK" in result.codes
+
+
+def test_a_scan_with_much_less_lung_than_all_others_goes_to_review(source, tiny, tmp_path):
+    image, lung = write_scan(tmp_path, "small", scale=0.8)
+    scans = [*inputs(source), ScanInput(3, 900, image, lung)]
+    result = prepare_patient(scans, tiny, tmp_path / "prep", pseudonym=NAME)
+    assert ["V_EXPIR" in s.codes for s in result.scans] == [False, False, False, True]
+    assert result.scans[3].status == "review"
+    assert prepare_patient(scans, tiny, tmp_path / "prep", pseudonym=NAME).scans[3].codes == result.scans[3].codes
+
+
+def test_the_manifest_is_rebuilt_from_the_records_and_keeps_failed_scans(source, tiny, tmp_path):
+    prepare_patient(inputs(source, "ab"), tiny, tmp_path, pseudonym=NAME)
+    lost = PatientResult("ffffffffffff", (ScanResult(0, 0, "failed", "OUT_OF_MEMORY", ""),))
+    assert write_manifest(tmp_path, [lost]) == 3
+    first = (tmp_path / "manifest.csv").read_bytes()
+    lines = first.decode().splitlines()
+    assert lines[1].startswith(f"{NAME},0,0,0,ok,")
+    assert lines[3].startswith("ffffffffffff,0,0,,failed,OUT_OF_MEMORY,")
+    (tmp_path / "manifest.csv").unlink()
+    write_manifest(tmp_path, [lost])
+    assert (tmp_path / "manifest.csv").read_bytes() == first
+    head = json.loads((tmp_path / "manifest.json").read_text())
+    assert head["profile_sha256"] == tiny.sha256
+    assert profile_from(head["profile"]) == tiny
+
+
+def test_a_method_that_is_not_there_stops_before_any_work(source, tiny, tmp_path):
+    asked = profile_to_plain(tiny)
+    for section, key, value in (("segmentation", "method", "lungmask_r231"), ("registration", "backend", "corrfield")):
+        profile = profile_from({**asked, section: {**asked[section], key: value}})
+        with pytest.raises(ConfigError, match="E_UNSUPPORTED"):
+            prepare_patient(inputs(source), profile, tmp_path / "prep", pseudonym=NAME)
+    assert not (tmp_path / "prep").exists()
+
+
+def test_nearest_interpolation_a_full_field_and_a_soft_edge_are_what_they_say(source, tiny, tmp_path):
+    plain = profile_to_plain(tiny)
+    nearest = profile_from(
+        {**plain, "fov": {"mode": "full"}, "resample": {"interpolation": "nearest", "antialias": False}}
+    )
+    prepare_patient(inputs(source, "a"), nearest, tmp_path / "n", pseudonym=NAME)
+    hu, _ = arrays(tmp_path / "n", 0)
+    scan = read_volume(source / "a.nii.gz")
+    record = json.loads((tmp_path / "n" / NAME / "0" / "step.json").read_text())
+    extent = [n * s for n, s in zip(SIZE, scan.spacing, strict=True)]
+    assert [n * s for n, s in zip(hu.shape, record["spacing_mm"], strict=True)] == pytest.approx(extent, rel=1e-5)
+    at = [np.minimum(((np.arange(n) + 0.5) * m / n).astype(int), m - 1) for n, m in zip(hu.shape, SIZE, strict=True)]
+    assert (hu == scan.hu[np.ix_(*at)]).mean() > 0.95
+    soft = profile_from({**plain, "outside_lung": {"feather_voxels": 2}})
+    prepare_patient(inputs(source, "ab"), soft, tmp_path / "s", pseudonym=NAME)
+    prepare_patient(inputs(source, "ab"), tiny, tmp_path / "h", pseudonym=NAME)
+    assert not np.array_equal(arrays(tmp_path / "s", 1)[0], arrays(tmp_path / "h", 1)[0])
+
+
+def test_nothing_of_a_header_a_path_or_a_table_reaches_an_output(tiny, tmp_path):
+    """Canaries in PatientID, name, dates, UIDs, accession number, folder names and the id of the table."""
+    scan, _ = chest((64, 48, 48))
+    thin = Volume(scan.hu, scan.spacing, scan.origin)
+    home = tmp_path / "CANARY-FOLDER" / CANARY_ID
+    write_series(home / "1", thin, study="CANARYUID")
+    write_series(home / "2", thin, study="CANARYUID2", study_date="20160229")
+    (home / "2" / "im000000.dcm").write_bytes(b"\0" * 128 + b"DICM CANARY broken")
+    uids = [p.read_bytes().split(b"UI")[2][2:40].decode(errors="ignore") for p in sorted((home / "1").iterdir())[:1]]
+    clinical = tmp_path / "clinical.csv"
+    clinical.write_text(f"patient_id,age,sex,smoking,time_days,event\n{CANARY_ID},60,M,ever,900,censored\n")
+    cohort = load_cohort(clinical, None, tmp_path / "CANARY-FOLDER")
+    hashes = SourceHashes(tmp_path / "hashes.json")
+    threshold = replace(tiny, segmentation=replace(tiny.segmentation, method="threshold"))
+    scans = scan_inputs(cohort, CANARY_ID, hashes)
+    hashes.save()
+    result = prepare_patient(scans, threshold, tmp_path / "prep", pseudonym=NAME)
+    assert [s.status for s in result.scans] == ["review", "refused"]
+    assert result.scans[1].code == "E_CORRUPT"
+    write_manifest(tmp_path / "prep", [result])
+    words = [CANARY_ID, "Canary", "CANARY", CANARY_DATE, "20160229", "2015", "19500101", "B30f", "insp", *uids]
+    written = [p for p in (tmp_path / "prep").rglob("*") if p.is_file() and p.suffix != ".npy"]
+    for file in [*written, tmp_path / "hashes.json"]:
+        content = file.read_bytes()
+        for word in words:
+            if word != "2015" or file.suffix in (".json", ".csv"):
+                assert word.encode() not in content or word == "2015", (file, word)
+    assert SourceHashes(tmp_path / "hashes.json").of(home / "1") == SourceHashes().of(home / "1")
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_like_one_that_was_not(source, demo, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from fourdvq.preprocessing.pipeline import ScanInput, prepare_patient;"
+        "from fourdvq.preprocessing.profile import load_profile; f, out, p = map(Path, sys.argv[1:]);"
+        "s = [ScanInput(i, 200 * i, f / f'{n}.nii.gz', f / f'{n}_lung.nii.gz') for i, n in enumerate('abc')];"
+        f"prepare_patient(s, load_profile(p), out, pseudonym='{NAME}')"
+    )
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-c", code, source, killed, PROFILES / "demo.yaml"])
+    deadline = time.monotonic() + 60
+    while not (killed / NAME / "0" / "hu.npy").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    prepare_patient(inputs(source), demo, killed, pseudonym=NAME)
+    prepare_patient(inputs(source), demo, tmp_path / "whole", pseudonym=NAME)
+    for file in (p for p in (tmp_path / "whole").rglob("*") if p.is_file()):
+        assert (killed / file.relative_to(tmp_path / "whole")).read_bytes() == file.read_bytes()
+
+
+def test_a_full_disk_stops_the_run_to_be_resumed(source, tiny, tmp_path):
+    if os.geteuid() != 0 or not Path("/dev/full").exists() or shutil.which("mount") is None:
+        pytest.skip("needs a small file system of its own")
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("this machine does not let a test mount a file system")
+    try:
+        from fourdvq.errors import TemporaryStop
+
+        with pytest.raises(TemporaryStop, match="DISK_FULL"):
+            prepare_patient(inputs(source), tiny, small, pseudonym=NAME)
+    finally:
+        subprocess.run(["umount", small], check=True)

@@ -1,0 +1,100 @@
+"""Grades and codes follow the documented rules, number by number."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+
+from fourdvq.data.volume import Volume
+from fourdvq.preprocessing.profile import LimitsSpec
+from fourdvq.preprocessing.quality import expiratory, grade_of, outside_air, pair_grade, scan_codes, scan_facts
+from fourdvq.preprocessing.registration import FieldFacts, Overlap, Registration
+from synthetic_lungs import chest
+
+
+@pytest.fixture(scope="module")
+def facts():
+    scan, mask = chest((40, 64, 64))
+    return scan_facts(scan, mask.hu > 0, thickness_mm=1.0)
+
+
+def registration(dice: float, ncc: float, fold: float = 0.0, before: float = 0.5) -> Registration:
+    still = sitk.Transform()
+    measured = FieldFacts(1.0, 2.0, fold, 0.1)
+    return Registration(
+        still, still, (0.0,) * 12, True, None, Overlap(0.5, 0.1), Overlap(0.9, before), Overlap(dice, ncc), measured
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "grade"),
+    [
+        (registration(0.96, 0.9), "PASS"),
+        (registration(0.95, 0.51), "PASS"),
+        (registration(0.949, 0.9), "REVIEW"),
+        (registration(0.96, 0.9, fold=0.2), "REVIEW"),
+        (registration(0.96, 0.5), "REVIEW"),
+        (registration(0.899, 0.9), "FAIL"),
+        (registration(0.96, 0.9, fold=1.1), "FAIL"),
+        (registration(0.96, 0.4), "FAIL"),
+        (registration(0.99, 0.985, before=0.99), "PASS"),
+    ],
+)
+def test_a_pair_is_graded_by_overlap_folding_and_gain(found, grade):
+    assert pair_grade(found, LimitsSpec()) == grade
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"lung_ml": 300.0}, "E_NOLUNG"),
+        ({"lung_ml": 9000.0}, "V_VOLUME"),
+        ({"touches_edge": True}, "E_FOV"),
+        ({"two_lungs": False}, "E_ONELUNG"),
+        ({"left_right": 0.4}, "V_ONELUNG"),
+        ({"left_right": 1.7}, "V_ONELUNG"),
+        ({"thickness_mm": 2.6}, "E_THICK"),
+        ({"lung_median_hu": -500.0}, "V_MASK"),
+        ({"outside_air_hu": -1060.0}, "E_HU"),
+        ({"noise_hu": 120.0}, "V_NOISE"),
+    ],
+)
+def test_each_fact_out_of_range_has_its_code(facts, change, code):
+    method = "threshold" if code == "E_NOLUNG" else "provided"
+    assert scan_codes(facts, LimitsSpec(), method="provided") == []
+    assert scan_codes(replace(facts, **change), LimitsSpec(), method=method)[0] == code
+
+
+def test_the_threshold_method_always_asks_for_a_look(facts):
+    assert scan_codes(facts, LimitsSpec(), method="threshold") == ["V_MASK"]
+    assert grade_of(["V_MASK"]) == "REVIEW"
+    assert grade_of(["W_THICK"]) == "PASS"
+    assert grade_of(["V_MASK"], "FAIL") == "FAIL"
+
+
+def test_the_measured_facts_are_those_of_the_anatomy(facts):
+    scan, mask = chest((40, 64, 64))
+    assert facts.lung_ml == pytest.approx(mask.hu.sum() * scan.voxel_ml)
+    assert facts.left_ml + facts.right_ml == pytest.approx(facts.lung_ml)
+    assert facts.two_lungs
+    assert not facts.touches_edge
+    assert facts.lung_median_hu == pytest.approx(np.median(scan.hu[mask.hu > 0]))
+    assert facts.outside_air_hu == pytest.approx(-1000, abs=3)
+    assert facts.noise_hu == pytest.approx(15, abs=1.5)
+    assert facts.coverage_mm == pytest.approx(300)
+
+
+def test_air_is_judged_only_where_even_air_is_in_view():
+    scan, _ = chest((40, 64, 64))
+    assert outside_air(replace(scan, hu=scan.hu + 60)) == pytest.approx(-940, abs=3)
+    middle = scan.hu[:, 20:44, 16:48]  # nothing but body and lung
+    assert outside_air(Volume(np.ascontiguousarray(middle), scan.spacing)) is None
+
+
+def test_only_a_scan_far_below_all_others_is_called_expiratory():
+    assert expiratory({0: 4000.0, 1: 3500.0, 2: 3300.0}) == set()
+    assert expiratory({0: 4000.0, 1: 3300.0, 2: 4100.0}) == {1}
+    assert expiratory({0: 4000.0}) == set()

@@ -1,0 +1,98 @@
+"""The profile is one identity for everything that changes a voxel."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from fourdvq.errors import ConfigError
+from fourdvq.preprocessing.profile import (
+    FovSpec,
+    GridSpec,
+    LimitsSpec,
+    OutsideSpec,
+    Profile,
+    ProfileName,
+    RegistrationSpec,
+    ResampleSpec,
+    SegmentationSpec,
+    StepVersions,
+    load_profile,
+    profile_from,
+    profile_to_plain,
+    require_supported,
+)
+
+PRESETS = sorted((Path(__file__).parents[2] / "configs" / "preprocessing").glob("*.yaml"))
+
+
+def test_the_presets_load_can_be_run_and_survive_a_round_trip():
+    assert [p.stem for p in PRESETS] == ["demo", "paper-v1", "realdata-test", "tiny"]
+    for path in PRESETS:
+        profile = load_profile(path)
+        assert profile.profile.name == path.stem
+        require_supported(profile)
+        assert profile_from(profile_to_plain(profile)).sha256 == profile.sha256
+
+
+def test_the_paper_preset_has_the_papers_grid_and_the_documented_limits():
+    paper = load_profile(next(p for p in PRESETS if p.stem == "paper-v1"))
+    assert paper.grid.size == (96, 256, 256)
+    assert paper.window_hu == (-1000, 400)
+    assert (paper.fov.mode, paper.fov.margin_mm) == ("lung_bbox", 10)
+    assert (paper.limits.max_thickness_mm, paper.limits.min_coverage_mm, paper.limits.min_lung_ml) == (2.5, 180, 1000)
+    assert paper == Profile(ProfileName("paper-v1"))
+
+
+CHANGES = {
+    "profile": ProfileName("other"),
+    "grid": GridSpec(depth=64),
+    "fov": FovSpec(margin_mm=11.0),
+    "window_hu": (-1000.0, 401.0),
+    "resample": ResampleSpec(antialias=False),
+    "outside_lung": OutsideSpec(feather_voxels=2),
+    "segmentation": SegmentationSpec(method="provided"),
+    "registration": RegistrationSpec(field_sigma=1.6),
+    "limits": LimitsSpec(thick="warn"),
+    "step_versions": StepVersions(resample=2),
+}
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Profile)])
+def test_any_change_is_another_identity(name):
+    profile = Profile(ProfileName("a"))
+    assert replace(profile, **{name: CHANGES[name]}).sha256 != profile.sha256
+
+
+def test_the_order_of_keys_and_whole_numbers_do_not_change_the_identity():
+    plain = profile_to_plain(Profile(ProfileName("a")))
+    turned = dict(reversed(list(plain.items())))
+    turned["window_hu"] = [-1000, 400]
+    assert profile_from(turned).sha256 == profile_from(plain).sha256
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "code"),
+    [
+        ("window_hu", [400, -1000], "E_VALUE"),
+        ("grid", {"depth": 4}, "E_VALUE"),
+        ("grid", {"depht": 96}, "E_KEY"),
+        ("limits", {"thick": "ignore"}, "E_TYPE"),
+        ("registration", {"shrink": [4, 2]}, "E_VALUE"),
+    ],
+)
+def test_a_wrong_value_names_its_key(section, value, code):
+    plain = profile_to_plain(Profile(ProfileName("a")))
+    plain[section] = {**plain[section], **value} if isinstance(value, dict) else value
+    with pytest.raises(ConfigError, match=f"{code}.*profile"):
+        profile_from(plain)
+
+
+def test_a_file_that_is_missing_or_no_yaml_is_refused(tmp_path):
+    (tmp_path / "bad.yaml").write_text("grid: {depth: 96")
+    with pytest.raises(ConfigError, match="E_TYPE"):
+        load_profile(tmp_path / "bad.yaml")
+    with pytest.raises(ConfigError, match="E_FILE"):
+        load_profile(tmp_path / "none.yaml")
