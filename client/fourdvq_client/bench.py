@@ -15,11 +15,8 @@ from torch import Tensor
 
 from fourdvq.data.datasets import (
     PreparedCohort,
-    PreparedPatient,
     ScanDataset,
-    latent_mask,
     load_lung,
-    load_x01,
     open_prepared,
 )
 from fourdvq.data.latents import LatentPatient
@@ -54,7 +51,7 @@ from fourdvq.wire.messages import (
 from fourdvq_client.code_census import Census, SomeScans, WatchedScans, census_of_centroids
 from fourdvq_client.diary import Diary
 from fourdvq_client.egress import Outcome
-from fourdvq_client.latent_cache import LatentCache
+from fourdvq_client.latent_cache import LatentCache, encode_patient
 from fourdvq_client.round_states import RoundStates
 from fourdvq_client.worker import Job
 from fourdvq_client.workspace import Workspace
@@ -136,7 +133,7 @@ class Bench:
         cache = LatentCache(self._workspace.latents / found)
         used: set[int] = set()
         for patient in cohort.patients:
-            latents = cache.get(patient) or cache.put(patient, self._encoded(model, patient, job.plan, found))
+            latents = cache.get(patient) or cache.put(patient, encode_patient(model, patient, job.plan, found))
             used.update(torch.unique(latents.indices).tolist())
         codes = {f"codebook.{n}": t for n, t in vars(_codebook(task)).items()}
         tensors = {f"vqgan.{n}": t for n, t in _generator(task.weights).items()} | codes
@@ -260,20 +257,6 @@ class Bench:
         load_generator(model, _generator(weights))
         load_codebook(model, codebook)
         return model.to(self._device).eval()
-
-    @torch.inference_mode()
-    def _encoded(self, model: VQGAN3d, patient: PreparedPatient, plan: Plan, tokenizer: str) -> LatentPatient:
-        indices = []
-        for scan in patient.scans:
-            x = load_x01(scan, plan.window_hu)[None].to(self._device) - 0.5
-            indices.append(model.quantise(model.encode(x)).indices[0].cpu())
-        return LatentPatient(
-            pseudonym=patient.pseudonym,
-            indices=torch.stack(indices),
-            lung=latent_mask(load_lung(patient.scans[0]), plan.model.compression),
-            years=torch.tensor([s.years for s in patient.scans], dtype=torch.float64),
-            tokenizer_sha256=tokenizer,
-        )
 
     def _latents(self, tokenizer: str, split: str) -> Sequence[LatentPatient]:
         cache = LatentCache(self._workspace.latents / tokenizer)

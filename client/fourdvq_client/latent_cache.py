@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from fourdvq.config import sha256_of
-from fourdvq.data.datasets import PreparedPatient
+from fourdvq.data.datasets import PreparedPatient, latent_mask, load_lung, load_x01
 from fourdvq.data.files import write_atomic
 from fourdvq.data.latents import LatentPatient, load_latents, save_latents
 from fourdvq.errors import FourdvqError, ModelError
+from fourdvq.models.vqgan import VQGAN3d
+from fourdvq.plan import Plan
 
 
 class LatentCache:
@@ -46,6 +50,23 @@ class LatentCache:
         save_latents(folder, latents)
         write_atomic(folder / "made_from", _content(patient).encode())
         return latents
+
+
+@torch.inference_mode()
+def encode_patient(model: VQGAN3d, patient: PreparedPatient, plan: Plan, tokenizer: str) -> LatentPatient:
+    """Codes of all scans of a patient, with the lung on the code grid and the times; `model` is in evaluation mode."""
+    device = next(model.parameters()).device
+    indices = []
+    for scan in patient.scans:
+        x = load_x01(scan, plan.window_hu)[None].to(device) - 0.5
+        indices.append(model.quantise(model.encode(x)).indices[0].cpu())
+    return LatentPatient(
+        pseudonym=patient.pseudonym,
+        indices=torch.stack(indices),
+        lung=latent_mask(load_lung(patient.scans[0]), plan.model.compression),
+        years=torch.tensor([s.years for s in patient.scans], dtype=torch.float64),
+        tokenizer_sha256=tokenizer,
+    )
 
 
 def _content(patient: PreparedPatient) -> str:
