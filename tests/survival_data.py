@@ -10,6 +10,7 @@ import numpy as np
 from fourdvq.survival import CoxSite
 
 KEY = b"k" * 32
+TOKENS = 24 * 64 * 64  # codes of one scan
 TIGHT = {"precision": 1e-22, "r_precision": -1}  # lifelines stops early by default, up to 4e-4 standard errors away
 
 
@@ -23,11 +24,14 @@ def cohort(
     log_hr: float = 0.0,
     step: float = 1.0,
 ) -> CoxSite:
-    """A site of `n` patients, about half of whom die. `true` codes carry `log_hr` per SD; times in multiples of `step`."""
+    """A site of `n` patients, about half of whom die; `true` codes carry `log_hr` per SD; times are whole steps.
+
+    Of 256 codes the default policy keeps about 190 at sites of 85 and 56 patients.
+    """
     rng = np.random.default_rng(seed)
     means = 1.0 / (np.arange(codes) + 2.0) ** 1.1
     means /= means.sum()
-    shares = np.stack([rng.multinomial(2000, rng.dirichlet(means * 150 + 1e-9)) for _ in range(n)]) / 2000.0
+    shares = np.stack([rng.multinomial(TOKENS, rng.dirichlet(means * 230 + 1e-9)) for _ in range(n)]) / TOKENS
     C = np.column_stack([rng.normal(0.0, 0.8, n), rng.integers(0, 2, n), rng.integers(0, 2, n)]).astype(float)
     effect = shares[:, :true]
     spread = np.where(effect.std(axis=0) > 0, effect.std(axis=0), 1.0)

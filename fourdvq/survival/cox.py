@@ -108,7 +108,7 @@ def evaluate(prepared: Prepared, request: CoxRequest, *, min_effective: float = 
     """
     m, p = request.beta.shape
     ll, g, info = np.zeros(m), np.zeros((m, p)), np.zeros((m, p * (p + 1) // 2))
-    refused = np.zeros(m, dtype=np.int64)
+    refused = np.zeros(m, dtype=np.uint8)
     for replicate, fold, columns, models in chunks(request.replicates, request.active):
         plan = prepared.plan(fold)
         if not len(plan.dead):

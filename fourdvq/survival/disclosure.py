@@ -33,7 +33,8 @@ class Policy:
     max_abs_beta: float = 3.0  # per SD
     max_abs_eta: float = 5.0  # shared baseline: weights are not shifted there
     min_effective_patients: float = 5.0  # median over risk sets
-    max_evaluations: int = 12  # per model and run
+    max_evaluations: int = 12  # per model and attempt
+    max_attempts: int = 3  # of one run: it starts again when a site is lost, and then without it
     max_permutations: int = 200  # replicates with the site's own permutations
     max_correlated: int = 10  # codes in the one request for correlations
     min_sd_ratio: float = 0.2  # of the common SD to the site's own: a tiny one would undo max_abs_beta
@@ -82,7 +83,7 @@ class RunRegister:
     approvals: int = 0
 
     def claim(self, cohort: str, key_digest: str, purpose: str, run: str) -> None:
-        """Begin, or go on with, an analysis. Raises Refused E_COX_RULE `one_run`."""
+        """Begin, or begin again, an analysis of a run. Raises Refused E_COX_RULE `one_run`."""
         claim = (cohort, key_digest, purpose, run)
         if claim in self.claims:
             return

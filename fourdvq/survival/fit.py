@@ -18,6 +18,7 @@ from fourdvq.survival.disclosure import Policy, as_policy
 from fourdvq.survival.local import drive
 from fourdvq.survival.messages import F64, Bool, GridRequest, HelloRequest, ScaleRequest
 from fourdvq.survival.newton import Status
+from fourdvq.survival.proportional import TRANSFORMS
 from fourdvq.survival.run import ModelResult, ModelRun, Settings
 from fourdvq.survival.state import CoxSiteState
 from fourdvq.survival.table import CoxSite, as_site, same_shape
@@ -48,6 +49,8 @@ class CoxResult:
     covariance: F64
     rounds: int
     diagnostics: Mapping[str, F64]
+    ph_chi2: F64  # Grambsch-Therneau, 1 degree of freedom, if `ph` was asked for; else NaN
+    ph_p: F64
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,17 +81,21 @@ def fit_federated_cox(
     ties: str = "efron",
     penalizer: float = 0.0,
     disclosure: Policy | Literal["off"] = "off",
+    ph: Literal["", "log", "identity"] = "",
 ) -> CoxResult:
     """One Cox model over the sites' tables.
 
     `penalizer`: L2, in lifelines' meaning (n * penalizer / 2 times the squared standardised coefficients). A constant
-    covariate is `dead` and left out, one that runs away is `infinite`, the others are fitted. Raises SurvivalError (a
+    covariate is `dead` and left out, one that runs away is `infinite`, the others are fitted. `ph`: also test
+    proportional hazards, within strata of sites, with this transform of time. Raises SurvivalError (a
     ValueError) for a table that breaks a rule, Refused when a site's policy says no.
     """
     policy = as_policy(disclosure)
     _check_options(baseline, ties)
     if not np.isfinite(penalizer) or penalizer < 0:
         raise SurvivalError("E_SURVIVAL_INPUT", where="penalizer", found="another number", wanted="0 or more")
+    if ph and (baseline == "shared" or ph not in TRANSFORMS):
+        raise SurvivalError("E_SURVIVAL_INPUT", where="ph", found=repr(ph), wanted='log or identity, baseline "site"')
     names = tuple(covariates)
     tables = [_table(df, duration, event, names, f"{i}") for i, df in enumerate(sites)]
     same_shape(tables)
@@ -102,6 +109,7 @@ def fit_federated_cox(
         per_column=True,
         count="" if pooled else "training",
         grid=_exact_grid(tables) if pooled else None,
+        ph=ph,
     )
     fitted = drive(run, states)
     c = _pooled_concordance(tables, fitted) if pooled else float(fitted.concordance[0, 0, 0])
@@ -157,6 +165,8 @@ def _one_model(fitted: ModelResult, names: tuple[str, ...], c: float, scope: Any
         covariance=fits.covariance[0, 0, 1:, 1:] / np.outer(sd, sd),
         rounds=fits.rounds,
         diagnostics={"last_beta": fits.last_beta[0, 0, 1:], "sd": sd},
+        ph_chi2=np.full(len(sd), np.nan) if fitted.ph is None else fitted.ph.chi2[1:],
+        ph_p=np.full(len(sd), np.nan) if fitted.ph is None else fitted.ph.p[1:],
     )
 
 

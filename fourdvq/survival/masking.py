@@ -30,10 +30,14 @@ OUT_OF_RANGE = "centre and scale the covariate with public constants, as age: (a
 
 @dataclass(frozen=True)
 class MaskedSums:
-    """One site's answer under masks: arrays modulo 2^64 by field name, and the class they belong to."""
+    """One site's answer under masks: arrays modulo 2^64 by field name, and the class they belong to.
+
+    `parties`: sites in the run; the masks cancel in the sum of all of them and in no other.
+    """
 
     kind: type[Sums]
     counter: int
+    parties: int
     arrays: Mapping[str, U64]
 
     @property
@@ -61,9 +65,11 @@ class Masker:
 
         Raises Refused E_COX_RULE `fixed_point_range` before anything is encoded.
         """
-        plain = encode(sums, sites=1 + len(self._secrets))
+        parties = 1 + len(self._secrets)
+        plain = encode(sums, sites=parties)
         counter, self.counter = self.counter, self.counter + 1
-        return MaskedSums(type(sums), counter, {name: self._hide(name, a, counter) for name, a in plain.items()})
+        hidden = {name: self._hide(name, array, counter) for name, array in plain.items()}
+        return MaskedSums(type(sums), counter, parties, hidden)
 
     def _hide(self, name: str, values: U64, counter: int) -> U64:
         hidden = values.copy()
@@ -96,8 +102,12 @@ def decode(kind: type[Sums], arrays: Mapping[str, U64]) -> Sums:
 
 
 def unmask_total(answers: Sequence[MaskedSums]) -> Sums:
-    """The sum of all sites' answers; raises WireError if they do not belong to one request."""
+    """The sum of all sites' answers; raises WireError if one is missing or they do not belong to one request."""
     first = answers[0]
+    if len(answers) != first.parties:
+        raise WireError(
+            "E_MESSAGE", where=first.kind.__name__, found="an answer is missing", wanted="one from each site"
+        )
     for other in answers:
         same = other.kind is first.kind and other.counter == first.counter
         if not same or any(other.arrays[k].shape != a.shape for k, a in first.arrays.items()):

@@ -24,6 +24,7 @@ from fourdvq.wire.forms import OptionalRunId, Sha256, Word
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
+U8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
 MOMENT_BITS = 48  # fractional bits under masking: the range is small and a standard deviation is a difference
 SUM_BITS = 40  # resolution 9e-13, range +-8.4e6
@@ -264,7 +265,7 @@ class CoxSums(Sums):
     log_likelihood: Annotated[F64, Axes(("m",), SUM_BITS)]
     gradient: Annotated[F64, Axes(("m", "p"), SUM_BITS)]
     information: Annotated[F64, Axes(("m", "P"), SUM_BITS)]
-    refused: Annotated[I64, Axes(("m",))]
+    refused: Annotated[U8, Axes(("m",))]
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,7 @@ class RiskSums(Sums):
     deaths: Annotated[I64, Axes(("A", "G"))]
     eta: Annotated[F64, Axes(("m",), SUM_BITS)]  # sum over deaths
     z: Annotated[F64, Axes(("m", "p"), SUM_BITS)]  # sum over deaths
-    refused: Annotated[I64, Axes(("m",))]
+    refused: Annotated[U8, Axes(("m",))]
 
 
 @dataclass(frozen=True)

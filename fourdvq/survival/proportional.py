@@ -62,7 +62,8 @@ def ph_test(total: PhSums, covariance: F64) -> PhTest:
     d = float(total.d[0])
     spread = float(total.gg[0]) - float(total.g[0]) ** 2 / d
     u = total.gr - (float(total.g[0]) / d) * total.r
-    chi2 = d * (u @ covariance) ** 2 / (np.diagonal(covariance) * spread)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a column that was not fitted has no variance
+        chi2 = d * (u @ covariance) ** 2 / (np.diagonal(covariance) * spread)
     return PhTest(chi2=chi2, p=np.asarray(chdtrc(1, chi2)))
 
 

@@ -12,8 +12,8 @@ feed it the recorded sums; it then asks for the next. The steps are written as a
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -30,11 +30,13 @@ from fourdvq.survival.messages import (
     Message,
     MomentsRequest,
     PairRequest,
+    PhRequest,
     RiskSums,
     ScaleRequest,
     Sums,
 )
 from fourdvq.survival.newton import Fits, Limits, Newton
+from fourdvq.survival.proportional import PhTest, ph_test
 from fourdvq.survival.scale import scale_from_moments
 from fourdvq.survival.shared import first_grid, merged_grid, shared_likelihood
 
@@ -125,18 +127,21 @@ class Study:
 
 @dataclass(frozen=True, eq=False)
 class ModelResult:
-    """A fitted batch with its concordance (V, A, M), both in standardised units."""
+    """A fitted batch in standardised units, its concordance (V, A, M), and the test of proportional hazards (p,) of the
+    model of the covariates, if asked for."""
 
     study: Study
     fits: Fits
     concordance: F64 = field(default_factory=lambda: np.zeros(0))
+    ph: PhTest | None = None
 
 
 class ModelRun(CoxRun[ModelResult]):
     """Fits one batch of models: all codes of the sites, or one model of `hello.codes` and the covariates.
 
     `ridge` per SD, or `penalizer` in lifelines' meaning (ridge = n * penalizer). `count`: which rows the concordance is
-    counted on, "" for none. `grid`: exact death times, for a shared baseline with disclosure off.
+    counted on, "" for none. `grid`: exact death times, for a shared baseline with disclosure off. `ph`: transform of
+    time for the test of proportional hazards of the covariates' model in fold 0, "" for none.
     """
 
     def __init__(
@@ -147,10 +152,11 @@ class ModelRun(CoxRun[ModelResult]):
         ridge: float = 0.0,
         penalizer: float = 0.0,
         per_column: bool = False,
-        count: str = "",
+        count: Literal["", "validation", "training"] = "",
         grid: GridRequest | None = None,
+        ph: Literal["", "log", "identity"] = "",
     ) -> None:
-        super().__init__(_model_steps(hello, settings, ridge, penalizer, per_column, count, grid))
+        super().__init__(_model_steps(hello, settings, (ridge, penalizer), per_column, count, grid, ph))
 
 
 def open_study(hello: HelloRequest, settings: Settings, grid: GridRequest | None = None) -> Steps[Study]:
@@ -218,17 +224,22 @@ def concordance_of_nothing(active: Bool) -> F64:
 def _model_steps(
     hello: HelloRequest,
     settings: Settings,
-    ridge: float,
-    penalizer: float,
+    penalties: tuple[float, float],
     per_column: bool,
-    count: str,
+    count: Literal["", "validation", "training"],
     grid: GridRequest | None,
+    transform: Literal["", "log", "identity"],
 ) -> Steps[ModelResult]:
     study = yield from open_study(hello, settings, grid)
-    ridge = ridge + penalizer * float(study.total.n[0])
+    ridge = penalties[0] + penalties[1] * float(study.total.n[0])
     fits = yield from fit(study, study.all_models, ridge=ridge, per_column=per_column)
-    if not count:
-        return ModelResult(study, fits)
-    used = fits.last_beta if per_column else fits.beta
-    c = yield from count_pairs(used, fits.ok, rows=count)
-    return ModelResult(study, fits, c)
+    result = ModelResult(study, fits)
+    if count:
+        used = fits.last_beta if per_column else fits.beta
+        c = yield from count_pairs(used, fits.ok, rows=count)
+        result = replace(result, concordance=c)
+    if transform and fits.ok[0, -1]:
+        beta = np.nan_to_num(fits.beta[0, -1])
+        sums = yield PhRequest(beta=beta, transform=transform)
+        result = replace(result, ph=ph_test(sums, np.nan_to_num(fits.covariance[0, -1])))
+    return result

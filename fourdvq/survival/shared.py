@@ -78,7 +78,7 @@ def risk_messages(
     (m, p), g = request.beta.shape, len(grid.edges)
     a, b = np.triu_indices(p)
     risk, tied = np.zeros((2, 1 + p + len(a), g, m))
-    eta_sum, z_sum, refused = np.zeros(m), np.zeros((m, p)), np.zeros(m, dtype=np.int64)
+    eta_sum, z_sum, refused = np.zeros(m), np.zeros((m, p)), np.zeros(m, dtype=np.uint8)
     index = bin_index(grid, prepared.t)
     at_point = index[None] == np.arange(g)[:, None]
     n_folds = len(request.active) // max(len(request.replicates), 1)

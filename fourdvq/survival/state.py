@@ -109,6 +109,7 @@ class CoxSiteState:
         self.audit: list[AuditLine] = []
         most = self.policy.max_evaluations if self.policy else 1 << 30
         self._budget, self._pairs = Budget(most), Budget(most)
+        self._attempts: dict[tuple[str, str], int] = {}
         self._study: _Study | None = None
 
     def answer(self, request: Message) -> Sums:
@@ -151,7 +152,12 @@ class CoxSiteState:
             if request.sites >= self.policy.masking_from and self.masker is None:
                 raise refuse("masking")
             key_digest = hashlib.sha256(b"key:" + self.key).hexdigest()
-            self.register.claim(self.card().cohort, key_digest, request.purpose, request.run)
+            # The table's own digest, not its HMAC: another key must not look like another cohort.
+            self.register.claim(self.site.digest, key_digest, request.purpose, request.run)
+            attempts = self._attempts.get((request.purpose, request.run), 0)
+            if attempts >= self.policy.max_attempts:
+                raise refuse("one_run")
+            self._attempts[request.purpose, request.run] = attempts + 1
         site, digest = self._with_folds(request)
         if request.codes:
             codes = list(request.codes)
