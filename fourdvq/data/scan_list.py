@@ -76,7 +76,8 @@ def scans_from_dicom(folder: Path, findings: list[Finding]) -> list[DatedScan]:
             findings.append(finding("E_ID", where, "no PatientID"))
             continue
         place = _common_folder([s.path for c in candidates for s in c.slices])
-        row = ScanRow(patient, f"study-{numbered[patient]}", place, 0, None, "dicom", candidates[0].study_key)
+        mask = _mask_of(place, "")
+        row = ScanRow(patient, f"study-{numbered[patient]}", place, 0, mask, "dicom", candidates[0].study_key)
         result.append(DatedScan(row, where, parse_date(first.study_date), None))
     findings += _identity_findings([c for group in studies.values() for c in group])
     return result
@@ -148,15 +149,14 @@ def _resolve(text: str, *folders: Path) -> Path | None:
 
 
 def _mask_of(source: Path, text: str, *folders: Path) -> Path | None:
-    """The mask that the table names, or the file beside the scan whose name ends in _lung."""
+    """The mask that the table names, or the file beside the scan (or DICOM folder) with its name and _lung."""
     if text:
         return _resolve(text, *folders) or folders[0] / text
-    for suffix in sorted(IMAGE_SUFFIXES, key=len, reverse=True):
-        if source.name.lower().endswith(suffix):
-            stem = source.name[: -len(suffix)]
-            beside = [source.with_name(f"{stem}_lung{ending}") for ending in (suffix, *IMAGE_SUFFIXES)]
-            return next((path for path in beside if path.exists()), None)
-    return None
+    endings = sorted(IMAGE_SUFFIXES, key=len, reverse=True)
+    suffix = "" if source.is_dir() else next((e for e in endings if source.name.lower().endswith(e)), "")
+    stem = source.name[: len(source.name) - len(suffix)]
+    beside = [source.with_name(f"{stem}_lung{ending}") for ending in endings]
+    return next((path for path in beside if path.exists()), None)
 
 
 def _common_folder(paths: Sequence[Path]) -> Path:

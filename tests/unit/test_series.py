@@ -275,11 +275,13 @@ def test_a_folder_of_dicom_is_a_cohort_with_days_from_its_dates(volume, tmp_path
     write_series(scans / "y", volume, study="three", patient_id="LEU-9", study_date="")
     write_series(scans / "z1", volume, study="four", patient_id="LEU-10")
     write_series(scans / "z2", volume, study="five", patient_id="LEU-10", edit=tag("PatientSex", "F"))
+    (scans / "x" / "2_lung.nii.gz").touch()
     clinical = tmp_path / "clinical.csv"
     rows = [f"{p},60,M,ever,900,censored" for p in (CANARY_ID, "LEU-9", "LEU-10")]
     clinical.write_text("\n".join(["patient_id,age,sex,smoking,time_days,event", *rows]))
     cohort = load_cohort(clinical, None, scans)
     assert [s.days for s in cohort.scans_of(CANARY_ID)] == [0, 365]
+    assert [s.mask_path for s in cohort.scans_of(CANARY_ID)] == [None, scans / "x" / "2_lung.nii.gz"]
     assert [p.patient_id for p in cohort.usable] == [CANARY_ID]
     found = {(f.code, f.patient_id) for f in cohort.findings}
     assert {("E_DATE", "LEU-9"), ("E_IDENTITY", "LEU-10")} <= found
