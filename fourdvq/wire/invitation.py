@@ -46,7 +46,7 @@ class Invitation:
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
-        _checked(_FEDERATION, self.federation, "federation")
+        check_federation_name(self.federation)
         _checked(_SITE, self.site, "site")
         _checked(_ADDRESS, self.address, "address")
         _known_schema(self.schema)
@@ -64,7 +64,7 @@ class SiteRequest:
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
-        _checked(_FEDERATION, self.federation, "federation")
+        check_federation_name(self.federation)
         _checked(_SITE, self.site, "site")
         _known_schema(self.schema)
 
@@ -86,6 +86,11 @@ def load_invitation(text: str, where: str = "invitation") -> Invitation:
 def load_request(text: str, where: str = "request") -> SiteRequest:
     """Read a request. Raises Refused E_INVITE if it is not one."""
     return _load(SiteRequest, text, where)
+
+
+def check_federation_name(name: str, where: str = "federation") -> None:
+    """Raise ConfigError E_VALUE unless `name` is small letters, digits and hyphens, beginning with a letter."""
+    _checked(_FEDERATION, name, where)
 
 
 def _load(cls: type[T], text: str, where: str) -> T:

@@ -41,7 +41,10 @@ Status = Literal["invited", "approved", "revoked"]
 
 @dataclass(frozen=True)
 class Member:
-    """One site. `public_key` is its OpenSSH line, empty until it is approved; times are UTC, ISO 8601."""
+    """One site. `public_key` is its OpenSSH line, empty until it is approved; times are UTC, ISO 8601.
+
+    `shut_out` keeps the fingerprints of revoked keys: Flower never registers a key a second time, so neither do we.
+    """
 
     role: Role
     status: Status
@@ -50,6 +53,7 @@ class Member:
     invited: str = ""
     approved: str = ""
     revoked: str = ""
+    shut_out: tuple[str, ...] = ()
 
 
 def certificate_files(root: Path) -> CertificateFiles:
@@ -106,7 +110,8 @@ def invite(
         known = members.get(site)
         if known is not None and known.status == "approved":
             raise Refused("E_EXISTS", where=site, found="an approved site", fix=f"fourdvq-server revoke {site} first")
-        members[site] = Member(role=role, status="invited", invited=_iso(now))
+        shut_out = known.shut_out if known is not None else ()
+        members[site] = Member(role=role, status="invited", invited=_iso(now), shut_out=shut_out)
     return invitation
 
 
@@ -114,7 +119,7 @@ def approve(root: Path, settings: ServerSettings, request: SiteRequest, now: dat
     """Admit an invited site with the key of its request, after checking that the request is signed with that key.
 
     Raises Refused E_INVITE for another federation, a site that was not invited, a bad signature or another kind of key;
-    Refused E_EXISTS if the key belongs to another site.
+    Refused E_EXISTS if the key belongs to another site or was shut out before.
     """
     if request.federation != settings.federation:
         raise Refused("E_INVITE", where="request: federation", found=request.federation, wanted=settings.federation)
@@ -127,6 +132,9 @@ def approve(root: Path, settings: ServerSettings, request: SiteRequest, now: dat
         for name, member in members.items():
             if name != request.site and member.fingerprint == fingerprint:
                 raise Refused("E_EXISTS", where=name, found="the same key", wanted="a key of its own for each site")
+            if fingerprint in member.shut_out:
+                fix = "fourdvq-client rotate-key at the site"
+                raise Refused("E_EXISTS", where=name, found="a key that was shut out", wanted="a new key", fix=fix)
         approved = replace(
             known,
             status="approved",
@@ -146,7 +154,16 @@ def revoke(root: Path, site: str, now: datetime.datetime) -> Member:
             raise ConfigError(
                 "E_VALUE", where="site", found=site, wanted=", ".join(members) or "a site", fix="fourdvq-server sites"
             )
-        members[site] = replace(members[site], status="revoked", revoked=_iso(now))
+        known = members[site]
+        keys = (known.fingerprint,) if known.fingerprint else ()
+        members[site] = replace(
+            known,
+            status="revoked",
+            revoked=_iso(now),
+            public_key="",
+            fingerprint="",
+            shut_out=tuple(dict.fromkeys([*known.shut_out, *keys])),
+        )
         return members[site]
 
 

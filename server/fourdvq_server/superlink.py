@@ -89,6 +89,10 @@ class SuperLink:
     def is_running(self) -> bool:
         return self._thread is not None and self._thread.is_alive() and self._ready.is_set()
 
+    def raise_failure(self) -> None:
+        """Raise why it is not running any more."""
+        raise self._failure or FourdvqError("E_INTERNAL", where="SuperLink", found="it ended")
+
     def start(self, timeout: float = 60.0) -> None:
         """Bind, start, and wait until both listeners answer.
 
@@ -111,7 +115,7 @@ class SuperLink:
             timeout -= 0.05
             if not self._thread.is_alive() or timeout < 0:
                 self.stop()
-                raise self._failure or FourdvqError("E_INTERNAL", where="SuperLink", found="it did not start")
+                self.raise_failure()
 
     def stop(self, timeout: float = 20.0) -> None:
         """Close both listeners and end the thread."""
