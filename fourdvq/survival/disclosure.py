@@ -16,6 +16,19 @@ from fourdvq.survival.messages import F64, I64, Bool, GridRequest
 from fourdvq.survival.newton import Limits
 from fourdvq.survival.table import CoxSite
 
+# What an analysis may be for. Each is one run per cohort, so a made-up word would be a budget without end.
+PURPOSES = (
+    "selection",
+    "model",
+    "batch",
+    "multivariable",
+    "longitudinal",
+    "external",
+    "assessment",
+    "km",
+    "logrank",
+)
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -38,6 +51,7 @@ class Policy:
     max_permutations: int = 200  # replicates with the site's own permutations
     max_correlated: int = 10  # codes in the one request for correlations
     min_sd_ratio: float = 0.2  # of the common SD to the site's own: a tiny one would undo max_abs_beta
+    purposes: tuple[str, ...] = PURPOSES
     covariates: tuple[str, ...] = ()  # allow-list by name; empty: those of the site's own table
     bin_days: float = 30.0  # shortest bin of a public time grid
     min_bin: int = 5  # deaths, and patients leaving, in a bin of it (or none)
@@ -135,7 +149,7 @@ def allowed_codes(policy: Policy, X: F64) -> Bool:
 
 def check_beta(policy: Policy, beta: F64) -> None:
     """Raise Refused `max_abs_beta`: a large coefficient makes a sum of weights the value of one patient."""
-    if not np.isfinite(beta).all() or (np.abs(beta) > policy.max_abs_beta * (1 + 1e-9)).any():
+    if not np.isfinite(beta).all() or (np.abs(beta) > policy.max_abs_beta * (1 + 1e-6)).any():
         raise refuse("max_abs_beta")
 
 

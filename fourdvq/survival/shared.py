@@ -3,7 +3,7 @@
 Another model than the default, and a heavier message: the sites send sums of the risk set at every grid point, so the
 grid is public. Exact death times are possible with disclosure off alone; under a policy the grid has bins that every
 site accepts, and times are rounded up to the end of their bin. Weights are not shifted by their maximum (the shift
-would differ between sites), so a site refuses |eta| above its bound.
+would differ between sites), so a site withholds a model with |eta| above its bound.
 
 Axes: G grid points, Q = 1 + p + p(p+1)/2 sums, m models, A analyses.
 """
@@ -73,7 +73,7 @@ def risk_messages(
 ) -> RiskSums:
     """A site's risk-set and tied-death sums of every active model at every grid point.
 
-    Raises Refused `max_abs_eta`. `min_effective` as in `cox.evaluate`.
+    Withheld, as in `cox.evaluate`: a model below `min_effective`, or with |eta| above `max_abs_eta` on a training row.
     """
     (m, p), g = request.beta.shape, len(grid.edges)
     a, b = np.triu_indices(p)
@@ -89,8 +89,8 @@ def risk_messages(
         train, beta = prepared.train[fold], request.beta[models]
         z = np.stack([Z[:, columns], *(np.broadcast_to(c[:, None], (len(c), len(columns))) for c in C.T)])
         eta = np.einsum("pnm,mp->nm", z, beta)
-        if (np.abs(eta[train]) > max_abs_eta).any():
-            raise refuse("max_abs_eta")
+        low = (np.abs(eta[train]) > max_abs_eta).any(axis=0)
+        eta = np.where(low, 0.0, eta)  # withheld below; exp stays finite
         basis = np.concatenate([np.ones((1, *eta.shape)), z, z[a] * z[b]]) * np.exp(eta)
         in_risk = (index[None] >= np.arange(g)[:, None]) & train
         died = prepared.e & train
@@ -98,12 +98,12 @@ def risk_messages(
         tied[:, :, models] = np.einsum("gn,qnm->qgm", (at_point & died).astype(float), basis, optimize=True)
         eta_sum[models], z_sum[models] = eta[died].sum(axis=0), z[:, died].sum(axis=1).T
         if min_effective > 0:
-            low = _effective(np.exp(eta), in_risk) < min_effective
-            refused[models] = low
-            risk[:, :, models] *= ~low
-            tied[:, :, models] *= ~low
-            eta_sum[models] *= ~low
-            z_sum[models] *= ~low[:, None]
+            low |= _effective(np.exp(eta), in_risk) < min_effective
+        refused[models] = low
+        risk[:, :, models] *= ~low
+        tied[:, :, models] *= ~low
+        eta_sum[models] *= ~low
+        z_sum[models] *= ~low[:, None]
     return RiskSums(risk=risk, tied=tied, deaths=deaths, eta=eta_sum, z=z_sum, refused=refused)
 
 

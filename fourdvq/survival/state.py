@@ -148,6 +148,8 @@ class CoxSiteState:
         if request.codebook_sha256 != self.codebook_sha256:
             raise refuse("codebook")
         if self.policy:
+            if request.purpose not in self.policy.purposes:
+                raise refuse("purpose")
             rules.check_covariates(self.policy, self.site, request.covariates)
             if request.sites >= self.policy.masking_from and self.masker is None:
                 raise refuse("masking")

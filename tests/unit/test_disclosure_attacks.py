@@ -22,7 +22,7 @@ from fourdvq.survival.scale import scale_from_moments
 from fourdvq.survival.shared import first_grid
 from survival_data import KEY, cohort, cohorts
 
-SHARED = HelloRequest(folds=0, baseline="shared", run="r1", purpose="attack")
+SHARED = HelloRequest(folds=0, baseline="shared", run="r1", purpose="model")
 
 
 def site_state(site, policy, key) -> Any:

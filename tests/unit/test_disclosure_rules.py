@@ -203,6 +203,22 @@ def test_a_run_can_begin_again_twice_and_not_more():
     assert_refuses(state, ONE_FIT, "one_run")
 
 
+def test_a_made_up_purpose_is_refused_since_each_has_its_own_budget():
+    assert_refuses(state_of(), dataclasses.replace(ONE_FIT, purpose="selection_again"), "purpose")
+
+
+def test_a_shared_baseline_withholds_models_with_large_weights_and_answers_the_others():
+    state = state_of()
+    opened(state, dataclasses.replace(ONE_FIT, baseline="shared"))
+    state.answer(GridRequest(edges=np.array([100000.0])))
+    beta = np.zeros((5, 4))
+    beta[2] = 2.9
+    sums = state.answer(CoxRequest(ZERO, np.ones((1, 5), dtype=bool), beta))
+    assert list(sums.refused) == [0, 0, 1, 0, 0]
+    assert not sums.risk[:, :, 2].any()
+    assert sums.risk[0, 0, 0] == 60
+
+
 def test_covariates_must_be_the_sites_own_and_on_its_list():
     assert_refuses(state_of(), dataclasses.replace(ONE_FIT, covariates=("age", "sex", "postcode")), "covariates")
     strict = Policy(covariates=("age", "sex"))
