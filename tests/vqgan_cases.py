@@ -46,7 +46,7 @@ def smooth_volume(seed: int, size: tuple[int, int, int] = SIZE) -> Tensor:
 def tiny_plan(*, model: dict[str, Any] | None = None, gan: GanSpec = NO_GAN, **training: Any) -> Plan:
     """A plan of TINY size in float32 without discriminators, one scan per step."""
     federation = FederationSpec(**training.pop("federation", {}))
-    settings = {"accumulate": 1, "lr": 1e-3, "precision": "fp32"} | training
+    settings: dict[str, Any] = {"accumulate": 1, "lr": 1e-3, "precision": "fp32"} | training
     return Plan(
         name="tiny",
         profile_sha256="0" * 64,

@@ -37,7 +37,7 @@ def bf16_is_sound(device: str) -> bool:
     error = float((exact - rough).norm() / exact.norm())
     sound = error < BF16_TOLERANCE
     if not sound:
-        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        cudnn = torch.backends.cudnn.version()
         _log.warning(
             "bfloat16 Conv3d is off by %.3f (torch %s, cuDNN %s): float32 it is", error, torch.__version__, cudnn
         )

@@ -153,7 +153,8 @@ def test_robust_means_that_protect_nobody_are_refused(aggregator, n):
 
 def run(name: str, deltas: list[float], **settings: float) -> list[float]:
     optimiser = SERVER_OPTIMIZERS[name](**settings)
-    weights, state, path = {"w": torch.zeros(1)}, {}, []
+    weights, path = {"w": torch.zeros(1)}, []
+    state: dict[str, torch.Tensor] = {}
     for d in deltas:
         weights, state = optimiser.apply(weights, {"w": torch.tensor([d])}, state)
         path.append(float(weights["w"]))

@@ -67,8 +67,8 @@ def test_group_norm_on_16_bits_keeps_them_and_agrees_with_float32():
 
 def test_residual_block_with_a_zero_last_convolution_is_the_identity():
     block = ResBlock3d(8, norm="group", padding="zeros")
-    torch.nn.init.zeros_(block.conv2.conv.weight)
-    torch.nn.init.zeros_(block.conv2.conv.bias)
+    for parameter in block.conv2.parameters():
+        torch.nn.init.zeros_(parameter)
     x = random(1, 8, 4, 4, 4)
     torch.testing.assert_close(block(x), x)
 

@@ -65,6 +65,7 @@ def test_it_has_the_13_convolutions_and_5_heads_of_vgg16(loss):
 def test_the_gradient_reaches_the_reconstruction_and_no_weight(loss):
     recon = slices(0).requires_grad_()
     loss(recon, slices(1)).backward()
+    assert recon.grad is not None
     assert recon.grad.abs().sum() > 0
     assert all(p.grad is None for p in loss.parameters())
 

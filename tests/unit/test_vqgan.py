@@ -55,7 +55,7 @@ def test_only_the_loss_quantiser_sends_a_gradient_to_its_codes(quantiser, moves)
     (out.commitment + out.codebook_loss).backward()
     assert net.codebook.codes.requires_grad is moves
     assert (net.codebook.codes.grad is not None) is moves
-    assert net.pre_quantise.weight.grad.abs().sum() > 0
+    assert net.pre_quantise.weight.grad is not None
 
 
 def test_quantiser_and_losses_stay_in_float32_under_autocast():
@@ -120,12 +120,12 @@ def test_the_tokenizer_hash_follows_encoder_and_codes_and_nothing_else():
     net = model()
     first = tokenizer_sha256(net)
     with torch.no_grad():
-        net.decoder.last.conv.bias.add_(1.0)
+        net.decoder.last.conv.weight.add_(1.0)
         net.codebook.counts.add_(1.0)
     assert tokenizer_sha256(net) == first
     with torch.no_grad():
         net.codebook.codes[0, 0] += 1e-3
     second = tokenizer_sha256(net)
     with torch.no_grad():
-        net.pre_quantise.bias[0] += 1e-3
+        net.pre_quantise.weight += 1e-3
     assert len({first, second, tokenizer_sha256(net)}) == 3

@@ -92,6 +92,7 @@ def test_every_adversarial_loss_trains_both_sides(gan):
     spec = replace(SMALL_GAN, loss="hinge" if gan == "adaptive" else gan, adaptive_weight=gan == "adaptive")
     trainer = ready_trainer(tiny_plan(gan=spec), scans)
     trainer.train(scans, steps=1, global_step=0, decay_per_round=DECAY)
+    assert trainer.adversary is not None
     before = {n: t.clone() for n, t in trainer.adversary.state_dict().items()}
     reply = trainer.train(scans, steps=1, global_step=1, decay_per_round=DECAY)
     assert any(not torch.equal(t, before[n]) for n, t in trainer.adversary.state_dict().items())
