@@ -22,6 +22,7 @@ from fourdvq.wire.messages import PROTOCOL, Role
 from fourdvq_server.experiment import Experiment, TrackingSpec, flatten
 from fourdvq_server.package import package_sha256
 from fourdvq_server.project import Project
+from fourdvq_server.revalidate import answer, take_question
 from fourdvq_server.rounds import Federation
 from fourdvq_server.stages.context import Progress, StageContext
 from fourdvq_server.stages.table import STAGES, Stage
@@ -68,7 +69,8 @@ def run_experiment(grid: Grid, project: Project, run: str, options: RunOptions |
     """Run or resume `run` over `grid` and return its summary.
 
     Raises TemporaryStop where the same command resumes (quorum, approval, stop, another process), ConfigError for a
-    combination that cannot work, ModelError for a damaged checkpoint that cannot be made again.
+    combination that cannot work, ModelError for a damaged checkpoint that cannot be made again. If `validate` left a
+    question in the run folder, that is asked instead and its answer returned.
     """
     options = options or RunOptions()
     store = open_store(project.run_folder(run))
@@ -77,6 +79,9 @@ def run_experiment(grid: Grid, project: Project, run: str, options: RunOptions |
         tell = _teller(store, options.notify)
         context = _context(grid, project, store, tracker, tell, options)
         try:
+            question = take_question(store)
+            if question is not None:
+                return answer(context, question)
             summary = _run_stages(context, options.stages)
         except TemporaryStop as stop:
             _end(store, tracker, "stopped", "KILLED", {"code": stop.code, "text": str(stop)})
@@ -108,7 +113,7 @@ def make_tracker(project: Project, store: RunStore, spec: TrackingSpec | None = 
     return tracker
 
 
-@app.main()  # type: ignore[untyped-decorator]
+@app.main()
 def main(grid: Grid, context: Context) -> None:
     """Flower's way in: `project` and `run` come with the Flower run, everything else lies in the run folder."""
     config = context.run_config

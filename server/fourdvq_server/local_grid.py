@@ -31,7 +31,7 @@ App = Callable[[Message, Context], Message]
 _log = logging.getLogger(__name__)
 
 
-class LocalGrid(Grid):  # type: ignore[misc]
+class LocalGrid(Grid):
     """Delivers messages to each site's own ClientApp in that site's thread; replies are copies, as on a network.
 
     `one_at_a_time`: no two sites work at once. Slower, and bit for bit the same every time even where the sites' code

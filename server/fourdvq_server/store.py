@@ -98,6 +98,15 @@ class RunStore:
         with (self.folder / "events.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(canonical_json(dict(event)) + "\n")
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a process holds the run at this moment."""
+        try:
+            with self.locked():
+                return False
+        except TemporaryStop:
+            return True
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for this process. Raises TemporaryStop E_BUSY if another process holds it."""

@@ -94,7 +94,7 @@ class Tracker:
 
     def start(self) -> Tracker:
         """Begin telling MLflow. Early: the first use of a new database makes its schema, which takes 8 s."""
-        if self._store and self._outbox:
+        if self._outbox is not None:
             self._thread = threading.Thread(target=self._replay, name="mlflow-outbox", daemon=True)
             self._thread.start()
         return self
@@ -135,7 +135,7 @@ class Tracker:
         return len(self._outbox)
 
     def _add(self, event: dict[str, Any]) -> None:
-        if self._outbox:
+        if self._outbox is not None:
             self._outbox.add({**event, "at": int(self._clock() * 1000)})
             self._wake.set()
 

@@ -19,6 +19,8 @@ Progress = Callable[[str, int, int, str], None]  # stage, done, total, text
 class MetricsSink(Protocol):
     """Where metrics go beside the run folder."""
 
+    def site(self, site: str, role: str) -> None: ...
+
     def log_metrics(self, stage: str, number: int, site: str, values: Mapping[str, float]) -> None: ...
 
 

@@ -11,4 +11,6 @@ from fourdvq_server.stages.context import StageContext
 def run(context: StageContext) -> dict[str, Any]:
     """Fill `context.sites`. Raises TemporaryStop E_QUORUM, ConfigError E_NORM or E_UNSUPPORTED."""
     wait_for_sites(context)
+    for name, info in context.sites.items():
+        context.metrics.site(name, info.role)
     return remember(context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fourdvq import __version__
@@ -13,6 +14,7 @@ from fourdvq_server.stages import freeze, validate
 from fourdvq_server.stages.context import StageContext
 from fourdvq_server.stages.freeze import frozen_model
 from fourdvq_server.stages.ode import trained_ode
+from fourdvq_server.store import RunStore
 
 NAME = "release"
 
@@ -22,7 +24,8 @@ def run(context: StageContext) -> dict[str, Any]:
     model, _ = frozen_model(context)
     codebook = {name: getattr(model.codebook, name) for name in ("codes", "counts", "sums")}
     weights = released_weights(model.generator, codebook, trained_ode(context))
-    card = card_of(context, payload_sha256(weights))
+    sites = {name: vars(info) for name, info in context.sites.items()}
+    card = make_card(context.store, sites, payload_sha256(weights))
     folder = context.releases / context.store.name
     write_bundle(folder, weights, card, context.plan.to_json(), context.store.profile)
     stage = context.store.stage(NAME)
@@ -39,26 +42,25 @@ def run(context: StageContext) -> dict[str, Any]:
     }
 
 
-def card_of(context: StageContext, weights_sha256: str) -> dict[str, Any]:
+def make_card(store: RunStore, sites: Mapping[str, Mapping[str, Any]], weights_sha256: str) -> dict[str, Any]:
     """The facts of the model card. No date: equal runs give equal cards."""
-    frozen = context.store.stage(freeze.NAME).read_round(1).facts
-    scores = context.store.stage(validate.NAME).result or {}
+    frozen = store.stage(freeze.NAME).read_round(1).facts
+    scores = store.stage(validate.NAME).result or {}
     return {
-        "version": context.store.name,
-        "run": context.store.name,
-        "plan_name": context.plan.name,
-        "plan_sha256": context.plan.hash,
-        "profile_sha256": context.plan.profile_sha256,
+        "version": store.name,
+        "run": store.name,
+        "plan_name": store.plan.name,
+        "plan_sha256": store.plan.hash,
+        "profile_sha256": store.plan.profile_sha256,
         "tokenizer_sha256": frozen["tokenizer_sha256"],
         "weights_sha256": weights_sha256,
         "round": frozen["round"],
         "chosen_by": frozen["chosen_by"],
         "package": __version__,
         "protocol": PROTOCOL,
-        "model": {"size": list(context.plan.model.size), "n_codes": context.plan.model.n_codes},
+        "model": {"size": list(store.plan.model.size), "n_codes": store.plan.model.n_codes},
         "sites": {
-            name: {"role": info.role, "patients": info.patients, "scans": info.scans}
-            for name, info in sorted(context.sites.items())
+            name: {key: info[key] for key in ("role", "patients", "scans")} for name, info in sorted(sites.items())
         },
         "tables": scores.get("tables", {}),
     }

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from fourdvq.errors import ConfigError
 from fourdvq_server.stages import approval, codebook_init, encode, freeze, hello, ode, release, validate, vqgan
 from fourdvq_server.stages.context import StageContext
 
@@ -30,3 +31,11 @@ STAGES: tuple[Stage, ...] = (
     Stage(validate.NAME, validate.run),
     Stage(release.NAME, release.run),
 )
+
+
+def stages_until(name: str) -> tuple[Stage, ...]:
+    """The row up to and including the stage `name`. Raises ConfigError E_VALUE for a name that is not there."""
+    names = [stage.name for stage in STAGES]
+    if name not in names:
+        raise ConfigError("E_VALUE", where="stage", found=name, wanted=", ".join(names))
+    return STAGES[: names.index(name) + 1]
