@@ -32,11 +32,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the object to this file")
     options = parser.parse_args()
     figures = [
-        _cost(1 if options.quick else 9, (96, 256, 256), "dicom", 5.0),
-        _cost(0 if options.quick else 9, (96, 256, 256), "nifti", 5.0),
+        _cost(1 if options.quick else 7, (96, 256, 256), "dicom", 5.0),
+        _cost(0 if options.quick else 7, (96, 256, 256), "nifti", 5.0),
         _cost(5 if options.quick else 15, (32, 64, 64), "nifti", 0.2),
         _determinism(),
-        *_scan_figures(4 if options.quick else 12, (32, 64, 64) if options.quick else (96, 256, 256)),
+        *_scan_figures(4 if options.quick else 5, (32, 64, 64) if options.quick else (96, 256, 256)),
         *_scalar_figures(3000),
     ]
     emit("phantom", figures, options.quick, out=options.out)
