@@ -49,7 +49,7 @@ class Policy:
     max_evaluations: int = 12  # per model and attempt
     max_attempts: int = 3  # of one run: it starts again when a site is lost, and then without it
     max_permutations: int = 200  # replicates with the site's own permutations
-    max_correlated: int = 10  # codes in the one request for correlations
+    max_correlated: int = 10  # codes of one model, and of the one request for correlations
     min_sd_ratio: float = 0.2  # of the common SD to the site's own: a tiny one would undo max_abs_beta
     purposes: tuple[str, ...] = PURPOSES
     covariates: tuple[str, ...] = ()  # allow-list by name; empty: those of the site's own table
@@ -90,18 +90,20 @@ class RunRegister:
     """Which analyses of a cohort were begun. One per (cohort, purpose); another, or another fold key, needs approval.
 
     Two fold keys on one cohort would give the sums of two training sets that differ by few patients. The shell keeps
-    `claims` on disk and raises `approvals` when a person at the site allows one more.
+    `claims`, one entry for every time an analysis began, on disk and raises `approvals` when a person at the site
+    allows one more.
     """
 
     claims: list[tuple[str, str, str, str]] = field(default_factory=list)  # cohort, key digest, purpose, run
     approvals: int = 0
 
-    def claim(self, cohort: str, key_digest: str, purpose: str, run: str) -> None:
-        """Begin, or begin again, an analysis of a run. Raises Refused E_COX_RULE `one_run`."""
+    def claim(self, cohort: str, key_digest: str, purpose: str, run: str, *, attempts: int) -> None:
+        """Begin an analysis, or begin it again in its run, at most `attempts` times. Refused E_COX_RULE `one_run`."""
         claim = (cohort, key_digest, purpose, run)
-        if claim in self.claims:
-            return
-        if any((c, p) == (cohort, purpose) for c, _, p, _ in self.claims):
+        begun = self.claims.count(claim)
+        if begun >= attempts:
+            raise refuse("one_run")
+        if not begun and any((c, p) == (cohort, purpose) for c, _, p, _ in self.claims):
             if not self.approvals:
                 raise refuse("one_run")
             self.approvals -= 1

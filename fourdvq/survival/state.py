@@ -109,7 +109,6 @@ class CoxSiteState:
         self.audit: list[AuditLine] = []
         most = self.policy.max_evaluations if self.policy else 1 << 30
         self._budget, self._pairs = Budget(most), Budget(most)
-        self._attempts: dict[tuple[str, str], int] = {}
         self._study: _Study | None = None
 
     def answer(self, request: Message) -> Sums:
@@ -147,31 +146,19 @@ class CoxSiteState:
     def _hello(self, request: HelloRequest) -> Receipt:
         if request.codebook_sha256 != self.codebook_sha256:
             raise refuse("codebook")
-        if self.policy:
-            if request.purpose not in self.policy.purposes:
-                raise refuse("purpose")
-            rules.check_covariates(self.policy, self.site, request.covariates)
-            if request.sites >= self.policy.masking_from and self.masker is None:
-                raise refuse("masking")
-            key_digest = hashlib.sha256(b"key:" + self.key).hexdigest()
-            # The table's own digest, not its HMAC: another key must not look like another cohort.
-            self.register.claim(self.site.digest, key_digest, request.purpose, request.run)
-            attempts = self._attempts.get((request.purpose, request.run), 0)
-            if attempts >= self.policy.max_attempts:
-                raise refuse("one_run")
-            self._attempts[request.purpose, request.run] = attempts + 1
         site, digest = self._with_folds(request)
         if request.codes:
-            codes = list(request.codes)
-            if self.policy and not rules.allowed_codes(self.policy, site.X[_rows(site)][:, codes]).all():
-                raise refuse("min_carriers")
-            names = (*(f"code_{code}" for code in codes), *site.names) if site.names else ()
-            C = np.column_stack([site.X[:, codes], site.C])
-            site = dataclasses.replace(site, X=site.X[:, :0], C=C, names=names)
+            site = self._with_codes(site, request.codes)
         allowed = np.ones(site.X.shape[1], dtype=bool)
         if self.policy:
+            self._check_hello(self.policy, request)
             rules.check_cohort(self.policy, site, _train(site))
             allowed = rules.allowed_codes(self.policy, site.X[_rows(site)])
+            # Last, so that a refused analysis is not one that was begun. The table's own digest, not its HMAC: another
+            # key must not look like another cohort.
+            key_digest = hashlib.sha256(b"key:" + self.key).hexdigest()
+            attempts = self.policy.max_attempts
+            self.register.claim(self.site.digest, key_digest, request.purpose, request.run, attempts=attempts)
         self._study = _Study(hello=request, site=site, allowed=allowed, folds_digest=digest)
         most = self._budget.most
         self._budget, self._pairs = Budget(most), Budget(most)
@@ -275,6 +262,24 @@ class CoxSiteState:
         fold = assign_folds(site.ids, site.e, folds=request.folds, key=self.key, site=site.name, mode=request.fold_mode)
         train = training_rows(fold, request.folds)
         return dataclasses.replace(site, train=train), folds_digest(site.ids, fold, key=self.key)
+
+    def _with_codes(self, site: CoxSite, codes: tuple[int, ...]) -> CoxSite:
+        """The site with these codes as first covariates and no code columns: one model of all of them."""
+        if min(codes) < 0 or max(codes) >= site.X.shape[1] or len(set(codes)) < len(codes):
+            raise refuse("withheld_code")
+        chosen = site.X[:, list(codes)]
+        policy, own = self.policy, chosen[_rows(site)]
+        if policy and (len(codes) > policy.max_correlated or not rules.allowed_codes(policy, own).all()):
+            raise refuse("withheld_code")
+        names = (*(f"code_{code}" for code in codes), *site.names) if site.names else ()
+        return dataclasses.replace(site, X=site.X[:, :0], C=np.column_stack([chosen, site.C]), names=names)
+
+    def _check_hello(self, policy: Policy, request: HelloRequest) -> None:
+        if request.purpose not in policy.purposes:
+            raise refuse("purpose")
+        rules.check_covariates(policy, self.site, request.covariates)
+        if request.sites >= policy.masking_from and self.masker is None:
+            raise refuse("masking")
 
     def _begun(self) -> _Study:
         if self._study is None:

@@ -132,6 +132,18 @@ def test_a_withheld_code_is_sent_as_zero_and_its_models_are_refused():
     assert_refuses(state, CorrelationRequest(codes=np.array([2])), "withheld_code")
 
 
+def test_a_model_of_withheld_unknown_or_many_codes_is_refused():
+    site = cohort(60, codes=12)
+    X = site.X.copy()
+    X[9:, 2] = 0.0
+    site = dataclasses.replace(site, X=X)
+    for codes in ((2,), (0, 12), (-1,), (3, 3), tuple(range(11))):
+        register = RunRegister()
+        assert_refuses(state_of(site, register=register), dataclasses.replace(ONE_FIT, codes=codes), "withheld_code")
+        assert not register.claims
+    state_of(site).answer(dataclasses.replace(ONE_FIT, codes=(4, 0)))
+
+
 def test_moments_are_sent_once():
     state = state_of()
     opened(state)
@@ -196,11 +208,12 @@ def test_a_second_run_or_another_fold_key_needs_local_approval():
     assert register.approvals == 0
 
 
-def test_a_run_can_begin_again_twice_and_not_more():
-    state = state_of()
+def test_a_run_can_begin_again_twice_and_not_more_also_at_a_site_that_was_restarted():
+    register = RunRegister()
     for _ in range(3):
-        state.answer(ONE_FIT)
-    assert_refuses(state, ONE_FIT, "one_run")
+        state_of(register=register).answer(ONE_FIT)
+    assert_refuses(state_of(register=register), ONE_FIT, "one_run")
+    assert len(register.claims) == 3
 
 
 def test_a_made_up_purpose_is_refused_since_each_has_its_own_budget():
