@@ -76,7 +76,7 @@ def antialiased(image: sitk.Image, target_mm: tuple[float, float, float]) -> sit
     sigma = [max(0.0, (t / s - 1.0) / 2.0) for t, s in zip(target_mm, source, strict=True)]
     values = sitk.GetArrayViewFromImage(image).astype(np.float32)
     if max(sigma) > 0:
-        values = ndimage.gaussian_filter(values, sigma, mode="nearest", truncate=3.0)
+        ndimage.gaussian_filter(values, sigma, output=values, mode="nearest", truncate=3.0)
     result = sitk.GetImageFromArray(values)
     result.CopyInformation(image)
     return result
@@ -90,9 +90,14 @@ def resample(
     nearest: bool = False,
     outside: float = AIR,
 ) -> np.ndarray:
-    """Values (D, H, W) of `image` at T(x), for every voxel centre x of the grid; T maps grid points to image points."""
+    """Values (D, H, W) of `image` at T(x), for every voxel centre x of the grid; T maps grid points to image points.
+
+    Linear values of any scalar image, masks too, are float32.
+    """
     kind = sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear
-    moved = sitk.Resample(image, empty_image(grid), transform or sitk.Transform(), kind, outside, image.GetPixelID())
+    scalar = image.GetNumberOfComponentsPerPixel() == 1
+    output = sitk.sitkFloat32 if scalar and not nearest else image.GetPixelID()
+    moved = sitk.Resample(image, empty_image(grid), transform or sitk.Transform(), kind, outside, output)
     result: np.ndarray = sitk.GetArrayFromImage(moved)
     return result
 

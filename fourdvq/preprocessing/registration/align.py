@@ -17,6 +17,7 @@ from fourdvq.preprocessing.grid import Grid, antialiased, empty_image, grid_of_s
 from fourdvq.preprocessing.profile import RegistrationSpec
 
 MASK_DILATION_MM = 7.0
+MOVING_MARGIN_MM = 30.0  # beyond the fixed margin: how far a first guess may be off before it leaves the image
 SHRINK = (4, 2)
 SMOOTHING_MM = {4: 2.0, 2: 1.0, 1: 0.0}
 SMALLEST_AXIS = 12  # voxels: a level with fewer has nothing left to align
@@ -25,13 +26,17 @@ SEED = 20_240_117
 
 @dataclass(frozen=True)
 class WorkingPair:
-    """Both scans clamped, the fixed one (with its mask) on the working grid, the moving one on its own."""
+    """Both scans clamped and at the working spacing, each around its own lungs.
+
+    The moving scan is brought down too, because the optimiser reads all of it again and again; the final resample of
+    the preparation starts from the original voxels.
+    """
 
     grid: Grid
     fixed: np.ndarray  # HU float32 (D, H, W) on the grid
     fixed_mask: np.ndarray  # bool (D, H, W)
-    moving: sitk.Image  # HU float32, smoothed for the grid's spacing
-    moving_mask: sitk.Image  # float32 0/1
+    moving: sitk.Image  # HU float32
+    moving_mask: sitk.Image  # float32, share of lung in a voxel
 
 
 @dataclass(frozen=True)
@@ -45,16 +50,16 @@ class Overlap:
 def working_pair(
     fixed: Volume, fixed_mask: np.ndarray, moving: Volume, moving_mask: np.ndarray, spec: RegistrationSpec
 ) -> WorkingPair:
-    """Put the pair on the working grid: isotropic, around the fixed lungs."""
+    """Put the pair on isotropic grids: around the fixed lungs, and wider around the moving ones."""
     grid = grid_of_spacing(fixed, lung_box(fixed_mask, fixed.spacing, spec.margin_mm), spec.spacing_mm)
-    place = Volume(fixed_mask.astype(np.float32), fixed.spacing, fixed.origin, fixed.direction)
-    moving_place = Volume(moving_mask.astype(np.float32), moving.spacing, moving.origin, moving.direction)
+    wide = lung_box(moving_mask, moving.spacing, spec.margin_mm + MOVING_MARGIN_MM)
+    moving_grid = grid_of_spacing(moving, wide, spec.spacing_mm)
     return WorkingPair(
         grid=grid,
-        fixed=resample(_prepared(fixed, grid, spec), grid, outside=spec.clamp_hu[0]),
-        fixed_mask=resample(to_image(place), grid, outside=0.0) >= 0.5,
-        moving=_prepared(moving, grid, spec),
-        moving_mask=to_image(moving_place),
+        fixed=_clamped(fixed, grid, spec),
+        fixed_mask=_lung_share(fixed, fixed_mask, grid) >= 0.5,
+        moving=_on_grid(_clamped(moving, moving_grid, spec), moving_grid),
+        moving_mask=_on_grid(_lung_share(moving, moving_mask, moving_grid), moving_grid),
     )
 
 
@@ -125,9 +130,16 @@ def ncc(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
     return float(x @ y) / norm if norm > 0 else 0.0
 
 
-def _prepared(volume: Volume, grid: Grid, spec: RegistrationSpec) -> sitk.Image:
-    clamped = np.clip(volume.hu.astype(np.float32), *spec.clamp_hu)
-    return antialiased(to_image(Volume(clamped, volume.spacing, volume.origin, volume.direction)), grid.spacing)
+def _clamped(volume: Volume, grid: Grid, spec: RegistrationSpec) -> np.ndarray:
+    """HU float32 on the grid, clamped; outside the scan the lower bound."""
+    low, high = spec.clamp_hu
+    image = antialiased(to_image(volume), grid.spacing)
+    return np.clip(resample(image, grid, outside=low), low, high)
+
+
+def _lung_share(volume: Volume, mask: np.ndarray, grid: Grid) -> np.ndarray:
+    place = Volume(mask, volume.spacing, volume.origin, volume.direction)
+    return resample(to_image(place), grid, outside=0.0)
 
 
 def _on_grid(array: np.ndarray, grid: Grid) -> sitk.Image:
