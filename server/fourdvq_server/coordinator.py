@@ -41,9 +41,12 @@ class OpenDoor:
 
 
 @contextlib.contextmanager
-def open_door(root: Path, settings: ServerSettings, notify: Callable[[str], None]) -> Iterator[OpenDoor]:
+def open_door(
+    root: Path, settings: ServerSettings, notify: Callable[[str], None], *, survives: bool = False
+) -> Iterator[OpenDoor]:
     """Hold the door of the coordinator folder `root` open; everything is stopped on the way out, also after an error.
 
+    With `survives`, a run outlives a crash of this process: the next one that opens this folder takes it over.
     Raises FourdvqError E_BUSY if another process holds it, E_PORT if a port is taken, and what SuperLink.start raises.
     """
     state = root / "state"
@@ -51,6 +54,7 @@ def open_door(root: Path, settings: ServerSettings, notify: Callable[[str], None
     files = certificate_files(root)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_hold(state))
+        (state / DOOR_FILE).unlink(missing_ok=True)  # of a predecessor that was killed
         link_settings = LinkSettings(
             state=state.resolve(),
             certificates=CertificateFiles(files.folder.resolve()),
@@ -66,7 +70,7 @@ def open_door(root: Path, settings: ServerSettings, notify: Callable[[str], None
         registrar = Registrar(root, control, notify)
         registrar.start()
         stack.callback(registrar.stop)
-        superexec = stack.enter_context(SuperExec(_superexec_settings(root, link)))
+        superexec = stack.enter_context(SuperExec(_superexec_settings(root, link, survives)))
         door = Door(link.private_address, link.gate_address, os.getpid())
         (state / DOOR_FILE).write_text(json.dumps(vars(door)), encoding="utf-8")
         stack.callback((state / DOOR_FILE).unlink, missing_ok=True)
@@ -87,13 +91,15 @@ def find_door(root: Path) -> Door | None:
     return None  # left behind by a process that was killed
 
 
-def _superexec_settings(root: Path, link: SuperLink) -> SuperExecSettings:
+def _superexec_settings(root: Path, link: SuperLink, survives: bool) -> SuperExecSettings:
     return SuperExecSettings(
         address=link.private_address,
         ca_file=link.settings.certificates.ca,
         secret_file=link.settings.secret_file,
         home=link.settings.home,
         log_file=root / "logs" / "superexec.log",
+        pid_file=link.settings.state / "superexec.json",
+        survives=survives,
     )
 
 

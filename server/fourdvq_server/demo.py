@@ -40,17 +40,18 @@ class DemoSite:
     role: Role
     patients: int
     seed: int
+    longitudinal: float  # share of patients with more than one scan; survival needs many with one
 
 
 SITES = (
-    DemoSite("leuven", "train", 12, 11),
-    DemoSite("southampton", "train", 10, 22),
-    DemoSite("external", "external", 8, 33),
+    DemoSite("leuven", "train", 34, 11, 0.35),
+    DemoSite("southampton", "train", 28, 22, 0.35),
+    DemoSite("external", "external", 8, 33, 1.0),
 )
 QUICK_SITES = (
-    DemoSite("leuven", "train", 7, 11),
-    DemoSite("southampton", "train", 7, 22),
-    DemoSite("external", "external", 5, 33),
+    DemoSite("leuven", "train", 12, 11, 0.6),
+    DemoSite("southampton", "train", 12, 22, 0.6),
+    DemoSite("external", "external", 5, 33, 1.0),
 )
 QUICK_OVERRIDES = (
     "federation.rounds=2",
@@ -138,6 +139,7 @@ def prepare(folders: Folders, options: DemoOptions, experiment: Experiment, clie
         {
             "sites": options.sites,
             "size": SCAN_SIZE,
+            "scans": SCANS_PER_PATIENT,
             "profile": experiment.plan.profile_sha256,
             "splits": experiment.plan.splits,
             "version": __version__,
@@ -230,9 +232,8 @@ def results_of(project: Project, run: str, summary: Mapping[str, Any]) -> dict[s
 
 def biomarkers_of(result: Mapping[str, Any] | None) -> dict[str, Any]:
     """The selected codes, or why there are none."""
-    if result is None:
-        return {"selected": [], "reason": "this version of the row of stages has no survival stage"}
-    return {"selected": result.get("selected", []), "reason": result.get("reason", "")}
+    facts = result or {"selected": [], "why": "the run has not reached the survival stage"}
+    return {key: facts.get(key) for key in ("selected", "why", "withheld", "rounds", "analyses", "codes")}
 
 
 def write_results(folders: Folders, options: DemoOptions, run: str, client: Any) -> dict[str, Any]:
@@ -265,7 +266,7 @@ def _prepare_site(folders: Folders, site: DemoSite, experiment: Experiment, clie
             patients=site.patients,
             seed=site.seed,
             size=SCAN_SIZE,
-            longitudinal_share=1.0,
+            longitudinal_share=site.longitudinal,
             scans_per_patient=SCANS_PER_PATIENT,
             workers=2,
             progress=progress,

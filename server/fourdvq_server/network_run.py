@@ -16,6 +16,8 @@ from fourdvq_server.settings import load_settings
 from fourdvq_server.stages.table import STAGES
 from fourdvq_server.store import RunStore, open_store
 
+_LONG = ("sites", "groups", "tables")
+
 
 def run_over_network(project: Project, run: str, *, notify: Callable[[str], None]) -> dict[str, Any]:
     """Run or resume the run folder `run` over the sites that connect; returns the summary of the finished run.
@@ -46,13 +48,17 @@ def follow(project: Project, run: str, control: Control, notify: Callable[[str],
 
 
 def summary_of(store: RunStore) -> dict[str, Any]:
-    """Stages, their results and the traffic of a run, from its folder."""
-    stages = {stage.name: store.stage(stage.name).result for stage in STAGES}
+    """Stages, their short results and the traffic of a run, from its folder; long tables stay in it."""
+    results = {stage.name: store.stage(stage.name).result for stage in STAGES}
     status = store.status
     return {
         "run": store.name,
         "plan": store.plan.hash,
-        "stages": {name: result for name, result in stages.items() if result is not None},
+        "stages": {
+            name: {key: value for key, value in result.items() if key not in _LONG}
+            for name, result in results.items()
+            if result is not None
+        },
         "bytes_down": dict(sorted(status.get("bytes_down", {}).items())),
         "bytes_up": dict(sorted(status.get("bytes_up", {}).items())),
     }

@@ -10,7 +10,7 @@ from fourdvq.config import canonical_json
 from fourdvq.tensors import payload_sha256
 from fourdvq.wire.messages import PROTOCOL, Receipt, ReleaseTask
 from fourdvq_server.bundle import released_weights, write_bundle
-from fourdvq_server.stages import freeze, validate
+from fourdvq_server.stages import freeze, survival, validate
 from fourdvq_server.stages.context import StageContext
 from fourdvq_server.stages.freeze import frozen_model
 from fourdvq_server.stages.ode import trained_ode
@@ -46,6 +46,7 @@ def make_card(store: RunStore, sites: Mapping[str, Mapping[str, Any]], weights_s
     """The facts of the model card. No date: equal runs give equal cards."""
     frozen = store.stage(freeze.NAME).read_round(1).facts
     scores = store.stage(validate.NAME).result or {}
+    biomarkers = store.stage(survival.NAME).result or {}
     return {
         "version": store.name,
         "run": store.name,
@@ -63,4 +64,5 @@ def make_card(store: RunStore, sites: Mapping[str, Mapping[str, Any]], weights_s
             name: {key: info[key] for key in ("role", "patients", "scans")} for name, info in sorted(sites.items())
         },
         "tables": scores.get("tables", {}),
+        "biomarkers": {key: biomarkers.get(key) for key in ("selected", "why", "codes", "withheld")},
     }

@@ -7,7 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from fourdvq.errors import ConfigError
-from fourdvq_server.stages import approval, codebook_init, encode, freeze, hello, ode, release, validate, vqgan
+from fourdvq_server.stages import (
+    approval,
+    codebook_init,
+    encode,
+    freeze,
+    hello,
+    ode,
+    release,
+    survival,
+    validate,
+    vqgan,
+)
 from fourdvq_server.stages.context import StageContext
 
 
@@ -28,6 +39,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(freeze.NAME, freeze.run),
     Stage(encode.NAME, encode.run),
     Stage(ode.NAME, ode.run),
+    Stage(survival.NAME, survival.run),
     Stage(validate.NAME, validate.run),
     Stage(release.NAME, release.run),
 )

@@ -91,8 +91,8 @@ def _traffic(data: dict[str, Any], site: str) -> tuple[str, str, str]:
 
 
 def _biomarkers(found: dict[str, Any]) -> str:
-    names = ", ".join(str(b) for b in found["selected"]) or "none"
-    return f"biomarkers: {names}" + (f" ({found['reason']})" if found["reason"] else "")
+    names = ", ".join(f"code {b}" for b in found["selected"]) or "none"
+    return f"biomarkers: {names}" + (f"\n  {found['why']}" if found["why"] else "")
 
 
 def _number(value: float | None) -> str:

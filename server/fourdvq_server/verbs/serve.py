@@ -23,7 +23,7 @@ def serve() -> Result:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    with open_door(root, settings, console.note) as running:
+    with open_door(root, settings, console.note, survives=True) as running:
         console.note(f"sites connect to {settings.address}; listening on {running.door.gate_address}")
         while not stop.wait(0.5):
             if not running.link.is_running:
