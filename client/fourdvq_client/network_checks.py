@@ -49,7 +49,9 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class Target:
-    """What is looked at. `ca_fingerprint` is the invitation's; without `key_file` the key's row is left out."""
+    """What is looked at. `ca_fingerprint` is the policy's or the invitation's, in hex with or without colons; without
+    `key_file` the key's row is left out.
+    """
 
     address: str
     ca_file: Path
@@ -112,7 +114,7 @@ def _fingerprint(target: Target) -> CheckRow:
     except (OSError, ValueError) as error:
         raise _Failed("fingerprint", "E_TLS", f"{target.ca_file}: {type(error).__name__}") from None
     found = certificate.fingerprint(hashes.SHA256()).hex(":")
-    if target.ca_fingerprint and found != target.ca_fingerprint:
+    if target.ca_fingerprint and found.replace(":", "") != target.ca_fingerprint.replace(":", "").lower():
         raise _Failed("fingerprint", "E_TLS", f"{found}, the invitation says {target.ca_fingerprint}")
     return CheckRow("fingerprint", "PASS", f"{found[:23]}... of the federation's authority")
 

@@ -79,15 +79,16 @@ def work(root: Path, *, address: str = "", stay: bool = False, tell: Callable[[s
 
     `patience` is in seconds: how long to go on when the coordinator says no.
     """
-    from fourdvq_client.app import make_client_app
-    from fourdvq_client.node import NodeTimes, run_node
-    from fourdvq_client.runtime import open_site
-    from fourdvq_client.site_log import start_log
     from fourdvq_client.workspace import locked, open_workspace
 
     workspace, config = open_workspace(root)
     address = address or _address_of(config)
     with locked(workspace):
+        from fourdvq_client.app import make_client_app
+        from fourdvq_client.node import NodeTimes, run_node
+        from fourdvq_client.runtime import open_site
+        from fourdvq_client.site_log import start_log
+
         site = open_site(root)
         log, ending = start_log(workspace), Ending()
         ca_file = coordinator_ca(workspace, site.facts.policy().rules.coordinator, address)
