@@ -156,10 +156,14 @@ def check_beta(policy: Policy, beta: F64) -> None:
 
 
 def check_grid(policy: Policy, request: GridRequest) -> None:
-    """Raise Refused `times` for a grid of exact times or of bins shorter than the policy's."""
-    edges = request.edges
-    widths = np.diff(edges, prepend=0.0)
-    if request.exact or not len(edges) or (widths < policy.bin_days * (1 - 1e-9)).any():
+    """Raise Refused `times` for exact times, or edges off the lattice of multiples of `bin_days`.
+
+    Grids that slide by a day would tell, bit by bit, on which day a patient died.
+    """
+    edges = request.edges[1:] if request.from_start and request.edges[:1] < 0 else request.edges
+    steps = np.rint(edges / policy.bin_days)
+    on_lattice = np.abs(edges - steps * policy.bin_days) < 1e-9 * policy.bin_days
+    if request.exact or not len(edges) or not on_lattice.all() or (np.diff(steps) < 1).any() or steps[0] < 1:
         raise refuse("times")
 
 

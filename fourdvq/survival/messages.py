@@ -164,10 +164,12 @@ class ScaleRequest(Message):
 @dataclass(frozen=True)
 class GridRequest(Message):
     """A public time grid: `edges` are the upper ends of its bins in days (the last bin is open); with `exact` the very
-    death times, which only `disclosure="off"` answers."""
+    death times, which only `disclosure="off"` answers. With `from_start` the bins all begin at the first edge (below 0:
+    at time 0) and end at the others: how far must a bin reach to be accepted?"""
 
     edges: Annotated[F64, Axes(("G",))]
     exact: bool = False
+    from_start: bool = False
 
 
 @dataclass(frozen=True)

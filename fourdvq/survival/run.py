@@ -171,12 +171,36 @@ def open_study(hello: HelloRequest, settings: Settings, grid: GridRequest | None
 
 
 def agree_grid(grid: GridRequest) -> Steps[GridRequest]:
-    """Merge bins until every site accepts all of them; each site keeps the last grid it accepted."""
+    """The finest bins, from those of `grid`, that every site accepts; each site keeps the last grid it accepted."""
     sums = yield grid
-    while not grid.exact and (coarser := merged_grid(grid, sums)) is not None:
+    if grid.exact:
+        return grid
+    if not (sums.accepting == sums.sites).all():
+        grid = yield from _joined(grid.edges, sums.accepting == sums.sites)
+        sums = yield grid
+    while (coarser := merged_grid(grid, sums)) is not None:
         grid = coarser
         sums = yield grid
     return grid
+
+
+def _joined(edges: F64, accepted: Bool) -> Steps[GridRequest]:
+    """Keep accepted bins; from a bin that is not, reach as far as every site needs, one question per joined bin."""
+    kept: list[float] = []
+    g = 0
+    while g < len(edges):
+        if not accepted[g]:
+            start = edges[g - 1] if g else -1.0
+            reach = yield GridRequest(edges=np.append(start, edges[g:]), from_start=True)
+            enough = np.flatnonzero((reach.accepting == reach.sites)[1:])
+            if not len(enough):
+                break
+            g += int(enough[0])
+        kept.append(float(edges[g]))
+        g += 1
+    if g < len(edges):  # too few are left for a bin of their own
+        kept = [*kept[:-1], float(edges[-1])]
+    return GridRequest(edges=np.array(kept))
 
 
 def fit(

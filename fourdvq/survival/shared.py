@@ -51,9 +51,11 @@ def grid_sums(request: GridRequest, t: F64, e: Bool, policy: Policy | None) -> G
     """Which bins this site accepts: one bit each."""
     fine = np.ones(len(request.edges), dtype=bool)
     if policy is not None:
-        index = bin_index(request, t)
-        deaths, leaving = (np.bincount(i, minlength=len(fine)).astype(np.int64) for i in (index[e], index))
-        fine = accepted_bins(policy, deaths, leaving)
+        points = np.arange(len(fine))[:, None]
+        # From a common start the bins overlap: bin g holds who leaves after the first edge and up to edge g.
+        index = np.searchsorted(request.edges, t, side="left") if request.from_start else bin_index(request, t)
+        inside = (index <= points) & (index > 0) if request.from_start else index == points
+        fine = accepted_bins(policy, (inside & e).sum(axis=1), inside.sum(axis=1))
     return GridSums(sites=np.ones(1, dtype=np.int64), accepting=fine.astype(np.int64))
 
 

@@ -195,7 +195,8 @@ class CoxSiteState:
         if self.policy:
             rules.check_grid(self.policy, request)
         sums = grid_sums(request, study.site.t, study.site.e, self.policy)
-        study.grid = request if sums.accepting.all() else None
+        if not request.from_start:
+            study.grid = request if sums.accepting.all() else None
         return sums
 
     def _cox(self, request: CoxRequest) -> CoxSums | RiskSums:

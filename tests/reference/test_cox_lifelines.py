@@ -8,8 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from fourdvq.survival import CoxSite, fit_cox_batch, fit_federated_cox
-from survival_data import TIGHT, cohorts, stacked, with_folds
+from fourdvq.survival import CoxSite, CoxSiteState, ModelRun, Policy, Settings, fit_cox_batch, fit_federated_cox
+from fourdvq.survival.messages import GridRequest, HelloRequest, combine
+from fourdvq.survival.shared import bin_index
+from survival_data import KEY, TIGHT, cohorts, stacked, with_folds
 
 
 @functools.cache
@@ -141,3 +143,24 @@ def test_proportional_hazards_test_equals_lifelines_with_strata(transform):
     parts = [data[data["stratum"] == k].drop(columns="stratum") for k in range(2)]
     ours = fit_federated_cox(parts, duration, event, covariates, ph=transform)
     np.testing.assert_allclose(ours.ph_chi2, theirs, rtol=1e-6)
+
+
+def test_shared_baseline_under_a_policy_equals_lifelines_on_times_rounded_to_the_agreed_grid():
+    from lifelines import CoxPHFitter
+
+    sites = cohorts([90, 80], codes=4)
+    states = [CoxSiteState(s, Policy(), KEY) for s in sites]
+    hello = HelloRequest(folds=0, baseline="shared", purpose="model", run="r1")
+    run, grid = ModelRun(hello, Settings.under(Policy())), None
+    while (request := run.request()) is not None:
+        grid = request if isinstance(request, GridRequest) else grid
+        run.update(combine([s.answer(request) for s in states]))
+    assert grid is not None
+    fitted, pooled = run.result(), stacked(sites)
+    data = frame(pooled, 0).assign(t=grid.edges[bin_index(grid, pooled.t)])
+    sd = fitted.study.units[0]
+    data[["b", "c0", "c1", "c2"]] /= sd
+    theirs = CoxPHFitter().fit(data, "t", "e", fit_options=TIGHT)
+    assert (
+        np.abs((fitted.fits.beta[0, 0] - theirs.params_.to_numpy()) / theirs.standard_errors_.to_numpy()).max() < 1e-8
+    )

@@ -223,7 +223,7 @@ def test_a_made_up_purpose_is_refused_since_each_has_its_own_budget():
 def test_a_shared_baseline_withholds_models_with_large_weights_and_answers_the_others():
     state = state_of()
     opened(state, dataclasses.replace(ONE_FIT, baseline="shared"))
-    state.answer(GridRequest(edges=np.array([100000.0])))
+    state.answer(GridRequest(edges=np.array([90000.0])))
     beta = np.zeros((5, 4))
     beta[2] = 2.9
     sums = state.answer(CoxRequest(ZERO, np.ones((1, 5), dtype=bool), beta))
@@ -274,7 +274,10 @@ def test_exact_times_and_narrow_bins_are_refused():
     state = state_of()
     state.answer(ONE_FIT)
     assert_refuses(state, GridRequest(edges=np.array([100.0, 200.0]), exact=True), "times")
-    assert_refuses(state, GridRequest(edges=np.array([100.0, 129.0])), "times")
+    for edges in ([90.0, 105.0], [91.0, 121.0], [0.0, 30.0], [60.0, 30.0], []):
+        assert_refuses(state, GridRequest(edges=np.array(edges)), "times")
+    # A start that slides by a day would give exact times away, bit by bit.
+    assert_refuses(state, GridRequest(edges=np.array([61.0, 91.0]), from_start=True), "times")
     sums = state.answer(GridRequest(edges=np.arange(1.0, 100.0) * 30))
     assert not sums.accepting.all()
     assert_refuses(state, KmRequest(), "times")
