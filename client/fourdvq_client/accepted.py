@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fourdvq.config import build
-from fourdvq.errors import ModelError, Refused
+from fourdvq.errors import ConfigError, ModelError, Refused
 from fourdvq.tensors import Weights
 from fourdvq.training.checkpoint import TrainState, load_state, save_state, write_atomic
 from fourdvq.wire.messages import Task, TaskEnvelope
@@ -99,7 +99,7 @@ class AcceptedRounds:
         try:
             data: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
             return {run: build(RunRecord, record, where=run) for run, record in data.items()}
-        except (ValueError, AttributeError, OSError) as error:
+        except (ValueError, AttributeError, OSError, ConfigError) as error:
             raise Refused(
                 "E_STATE", where=str(self._path), found=type(error).__name__, wanted="the record of answered rounds"
             ) from None

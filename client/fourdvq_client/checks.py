@@ -16,7 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fourdvq.errors import EXIT_OK, EXIT_SOME_REFUSED, EXIT_USAGE, FourdvqError, explain
+from fourdvq.errors import (
+    EXIT_OK,
+    EXIT_REFUSED,
+    EXIT_SOME_REFUSED,
+    EXIT_UNREACHABLE,
+    EXIT_USAGE,
+    FourdvqError,
+    explain,
+)
 from fourdvq_client.workspace import SiteConfig, Workspace, read_site_config
 
 Status = Literal["PASS", "WARN", "FAIL"]
@@ -229,6 +237,27 @@ def _device(patient: Patient) -> Iterator[Check]:
     yield Check("device", "PASS", f"{facts.name}, {facts.total_memory / 1e9:.0f} GB")
 
 
+def _network(patient: Patient) -> Iterator[Check]:
+    from fourdvq_client.network_checks import Target, network_checks
+    from fourdvq_client.policy import load_policy
+
+    if patient.config is None or not patient.config.coordinator:
+        error = FourdvqError("E_INVITE", found="no address in site.yaml: coordinator")
+        yield _failed("coordinator", error, EXIT_USAGE)
+        return
+    rule = load_policy(patient.workspace.policy_yaml).rules.coordinator
+    target = Target(
+        address=patient.config.coordinator,
+        ca_file=patient.workspace.root / rule.ca_file,
+        ca_fingerprint=rule.ca_sha256,
+        key_file=patient.workspace.keys / "site.key",
+    )
+    for row in network_checks(target):
+        unreachable = row.state == "FAIL" and row.code in ("", "E_UNREACHABLE")
+        exit_code = EXIT_OK if row.state != "FAIL" else EXIT_UNREACHABLE if unreachable else EXIT_REFUSED
+        yield Check(f"network: {row.check}", row.state, row.found, row.fix, row.code, exit_code)
+
+
 def _failed(name: str, error: FourdvqError, exit_code: int | None = None) -> Check:
     found = error.found or explain(error.code).title
     return Check(name, "FAIL", found, error.fix, error.code, exit_code if exit_code is not None else error.exit_code)
@@ -238,5 +267,5 @@ CHECKS: dict[str, list[CheckFunction]] = {
     "base": [_python, _packages, _code, _telemetry, _disk, _folders, _key, _policy, _audit, _profile, _prepared],
     "data": [_tables, _cohort_size],
     "gpu": [_device],
-    "network": [],
+    "network": [_network],
 }

@@ -53,6 +53,7 @@ EVAL_ROWS = frozenset(
     }
 )  # fmt: skip
 _EVAL_MODES = frozenset({"reconstruction", "extrapolation", "interpolation"})
+_LONG_ID = 5
 _HASH = re.compile(r"[0-9a-f]{40,64}")  # its digits may look like a date
 _EVAL_PLACE = re.compile(r"(lung|whole)(/[0-9.]{1,6}(-[0-9.]{1,6}|\+))?|")
 
@@ -306,7 +307,10 @@ def find_identifier(text: str, identifiers: Iterable[str]) -> str:
     if any(re.search(r"(?<!\d)(19|20)\d\d[-./]?[01]\d[-./]?[0-3]\d(?!\d)", word) for word in words):
         return "a date"
     known = {i for i in identifiers if i}
-    if any(token in known for word in words for token in (word, *re.split(r"[^\w.-]+", word))):
+    # A short id, such as 12, is also a number: it counts only where it stands alone.
+    long = sorted((re.escape(i) for i in known if len(i) >= _LONG_ID), key=len, reverse=True)
+    inside = re.compile(rf"(?<![0-9A-Za-z])(?:{'|'.join(long)})(?![0-9A-Za-z])") if long else None
+    if any(word in known or (inside is not None and inside.search(word)) for word in words):
         return "a patient"
     return ""
 

@@ -243,7 +243,9 @@ def _with_entry(text: str, entry: str, approved: tuple[Approval, ...]) -> str:
             break
         if lines[i].strip() and not lines[i].lstrip().startswith("#"):
             end = i + 1
-    return "\n".join([*lines[:end], entry, *lines[end:], ""])
+    # YAML wants all items of a list under each other.
+    indents = [found[1] for line in lines[at + 1 : end] if (found := re.match(r"(\s*)- ", line))]
+    return "\n".join([*lines[:end], (indents[0] if indents else "  ") + entry.strip(), *lines[end:], ""])
 
 
 def _replace_keeping_mode(path: Path, text: str) -> None:

@@ -154,8 +154,10 @@ def _serve(pipe: Connection, root: str, device: str) -> None:
     workspace = Workspace(Path(root))
     log = start_log(workspace)
     bench = Bench(workspace, device)
-    while (request := pipe.recv()) is not None:
-        pipe.send(_answer(bench, request, log))
+    # A closed pipe is how a client that died says goodbye.
+    with contextlib.suppress(EOFError):
+        while (request := pipe.recv()) is not None:
+            pipe.send(_answer(bench, request, log))
 
 
 def _answer(bench: Any, request: dict[str, Any], log: Any) -> dict[str, Any]:
