@@ -23,7 +23,7 @@ from urllib.parse import unquote, urlsplit
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
-from fourdvq.errors import ConnectionFailed, FourdvqError, explain
+from fourdvq.errors import FourdvqError, explain
 from fourdvq.wire.messages import PROTOCOL
 from fourdvq_client.keys import load_site_key, lock_holder
 from fourdvq_client.link import CLOCK_AHEAD_S, CLOCK_BEHIND_S, RunEnded, call_once, is_tls_failure
@@ -249,11 +249,3 @@ def _key(target: Target, key_file: Path) -> CheckRow:
     except RunEnded:
         raise _Failed("key", "E_ACTIVATION", "no answer that a node could use") from None
     return CheckRow("key", "PASS", f"accepted: {key.fingerprint}")
-
-
-def first_failure(rows: list[CheckRow]) -> FourdvqError | None:
-    """The error that a verb raises for these rows, if any of them failed."""
-    failed = next((row for row in rows if row.state == "FAIL"), None)
-    if failed is None:
-        return None
-    return ConnectionFailed(failed.code, where=failed.check, found=failed.found, fix=failed.fix)

@@ -60,7 +60,7 @@ def run_with_processes(
     with contextlib.ExitStack() as stack:
         running = stack.enter_context(open_door(project.root, settings, notify))
         clients = stack.enter_context(_clients(roots, running))
-        stack.enter_context(_approving(client, roots, notify))
+        stack.enter_context(_approving(client, roots, experiment.plan.hash, notify))
         stack.enter_context(_watching(clients, running))
         try:
             return run, follow(project, run, running.control, notify)
@@ -161,20 +161,23 @@ def _watching(clients: Clients, running: OpenDoor) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _approving(client: Mapping[str, Any], roots: Mapping[str, Path], notify: Callable[[str], None]) -> Iterator[None]:
-    """Approve, in the demo's name, the plan that each site has received: at a hospital a person does this."""
+def _approving(
+    client: Mapping[str, Any], roots: Mapping[str, Path], plan: str, notify: Callable[[str], None]
+) -> Iterator[None]:
+    """Approve this plan, in the demo's name, at each site that has received it: at a hospital a person does this."""
     done = threading.Event()
     waiting = dict(roots)
 
     def approve_plans() -> None:
         while waiting and not done.wait(_APPROVAL_POLL_S):
             for name, root in list(waiting.items()):
-                try:
-                    plan = client["approve"](root, by="demo")
-                except FourdvqError:
-                    continue  # no plan has come yet
-                notify(f"{name}: plan {plan[:12]} approved by the demo")
-                del waiting[name]
+                # A site folder may hold the plans of earlier demos, and the one that came last is approved.
+                if not (root / "state" / "plans" / f"{plan}.json").is_file():
+                    continue
+                with contextlib.suppress(FourdvqError):
+                    if client["approve"](root, by="demo") == plan:
+                        notify(f"{name}: plan {plan[:12]} approved by the demo")
+                        del waiting[name]
 
     yield from _beside(approve_plans, done)
 
