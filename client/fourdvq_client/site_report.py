@@ -15,6 +15,8 @@ from fourdvq.data.prepared import MANIFEST_COLUMNS, read_table
 from fourdvq.errors import CohortError
 from fourdvq.evaluation.summary import RowSums, mean_interval
 from fourdvq.reports.validation import (
+    BiomarkerRow,
+    Biomarkers,
     CohortFlow,
     Egress,
     MetricRow,
@@ -32,6 +34,7 @@ from fourdvq_client.workspace import SiteConfig, Workspace
 
 SHARE_JSON = "report.share.json"
 _MAX_PICTURES = 4
+_MAX_BIOMARKERS = 12
 
 
 def write_site_report(workspace: Workspace, config: SiteConfig, *, run: str = "") -> dict[str, Path]:
@@ -53,6 +56,7 @@ def write_site_report(workspace: Workspace, config: SiteConfig, *, run: str = ""
         extrapolation=_table(scores, "extrapolation"),
         interpolation=_table(scores, "interpolation"),
         history=_history(workspace, run or str(release.card.get("run", ""))),
+        biomarkers=_biomarkers(workspace, cohort, release),
         egress=_egress(workspace),
         refusals=_refusals(workspace),
         environment={"fourdvq": __version__, "python": platform.python_version(), "system": platform.system()},
@@ -99,6 +103,32 @@ def _model(release: Released) -> ModelFacts:
         round=int(card.get("round", 0)),
         plan_sha256=str(card["plan_sha256"]),
         plan_name=release.plan.name,
+    )
+
+
+def _biomarkers(workspace: Workspace, cohort: PreparedCohort, release: Released) -> Biomarkers:
+    """The federation's selection as the released model's card brings it; patients and deaths are this site's own."""
+    card = release.card.get("biomarkers") or {}
+    rows = tuple(
+        BiomarkerRow(
+            code=int(row["code"]),
+            hazard_ratio=float(row["hazard_ratio"]),
+            low=float(row["low"]),
+            high=float(row["high"]),
+            worst_p=float(row["worst_p"]),
+            concordance=float(row["concordance"]),
+            selected=bool(row["selected"]),
+        )
+        for row in (card.get("codes") or ())[:_MAX_BIOMARKERS]
+    )
+    analysed = {p.pseudonym for p in cohort.of("train", "validation")}
+    clinical = [row for row in clinical_of(workspace.prep) if row.complete and row.pseudonym in analysed]
+    return Biomarkers(
+        rows=rows,
+        reason=str(card.get("why") or ""),
+        withheld=int(card.get("withheld") or 0),
+        patients=len(clinical),
+        deaths=sum(row.event == 1 for row in clinical),
     )
 
 

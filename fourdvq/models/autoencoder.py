@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from fourdvq.models.blocks import (
@@ -60,11 +61,23 @@ class Decoder3d(nn.Module):
         self.shuffled = variant == "half"
         self.body = nn.Sequential(*layers)
         self.last = Conv3dSame(width, SHUFFLE**3 if self.shuffled else 1, padding=padding)
+        if self.shuffled:
+            _start_as_nearest(self.last)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, h 2^L, d, h, w) -> (B, 1, D, H, W)."""
         x = self.last(self.body(z))
         return voxel_shuffle(x, SHUFFLE) if self.shuffled else x
+
+
+def _start_as_nearest(last: Conv3dSame) -> None:
+    """Give all eight sub-voxels one filter to begin with, so that the untrained shuffle repeats a voxel.
+
+    Independent filters draw a checkerboard that training has to undo. Source: Aitken et al. 2017, arXiv:1707.02937.
+    """
+    with torch.no_grad():
+        for parameter in last.parameters():
+            parameter.copy_(parameter[:1].expand_as(parameter))
 
 
 def decoder_widths(base_width: int, compression: int, variant: Variant) -> list[int]:

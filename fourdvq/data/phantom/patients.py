@@ -19,9 +19,10 @@ from fourdvq.errors import ConfigError
 
 DAYS_PER_YEAR = 365.25
 
-# Baseline hazard and effects, chosen for about half of the patients to die under observation.
-LOG_HAZARD = -4.75
-PER_EXTENT = 8.0
+# Baseline hazard and effects, chosen for somewhat more than half of the patients to die under observation, and for the
+# extent at the first CT to be worth a hazard ratio of about two per SD: a signal that a small cohort can show.
+LOG_HAZARD = -7.9
+PER_EXTENT = 18.0
 PER_YEAR_OF_AGE = 0.02
 OF_MEN = 0.2
 OF_SMOKERS = 0.2
