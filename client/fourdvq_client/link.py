@@ -28,6 +28,7 @@ _OTHER_VERSION: Final = 1001
 CLOCK_AHEAD_S: Final = 4.0
 CLOCK_BEHIND_S: Final = 295.0
 _PASSING: Final = {502, 503, 504}
+_BROKEN_OFF: Final = (ssl.SSLEOFError, ssl.SSLZeroReturnError, ssl.SSLSyscallError)
 _TRIES_ODD: Final = 4  # for answers that nobody foresaw, such as HTTP 500: one message may be at fault
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 20.0
 
@@ -61,8 +62,9 @@ def call_once(method: Method, request: Any) -> Any:
 class Caller:
     """Calls that are tried again while the other side cannot be reached, with a growing pause.
 
-    `patience` is in seconds, None for ever. `on_trouble(error)` is told when a call fails for the first time,
-    `on_trouble(None)` when calls work again.
+    `patience` is in seconds, None for ever. A wrong certificate ends a first contact at once; later it is waited out,
+    because a reply is in hand and the coordinator may be renewing its certificate. `on_trouble(error)` is told when a
+    call fails for the first time, `on_trouble(None)` when calls work again.
     """
 
     def __init__(
@@ -84,8 +86,8 @@ class Caller:
             except ConnectionFailed as error:
                 tries += 1
                 waited = time.monotonic() - started
-                impatient = self._patience is not None and waited >= self._patience
-                if error.code == "E_TLS" or impatient or (isinstance(error, OddAnswer) and tries >= _TRIES_ODD):
+                impatient = self._patience is not None and (waited >= self._patience or error.code == "E_TLS")
+                if impatient or (isinstance(error, OddAnswer) and tries >= _TRIES_ODD):
                     raise
                 if not troubled and self._on_trouble:
                     self._on_trouble(error)
@@ -111,9 +113,12 @@ def clock_ahead(response: httpx.Response, now: float) -> float | None:
 
 
 def is_tls_failure(error: BaseException | None) -> bool:
-    """Whether an error, or one of its causes, is about certificates or encryption."""
+    """Whether an error, or one of its causes, is about certificates or encryption.
+
+    A connection that broke during the handshake is an SSLError too, but a cut line: trying again helps.
+    """
     while error is not None:
-        if isinstance(error, ssl.SSLError) or "CERTIFICATE_VERIFY" in str(error):
+        if isinstance(error, ssl.SSLError) and not isinstance(error, _BROKEN_OFF):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -9,9 +9,10 @@ import sqlite3
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,70 @@ def test_a_stopped_run_cancels_the_work_at_the_site_and_the_site_stays(world: Wo
         assert seen == [True]
         assert site.failure is None
         assert world.running.control.run_state(run).outcome == "stopped"
+
+
+class Wire:
+    """A TCP line to the gate that can be cut: open connections break, new ones are refused, until it is mended."""
+
+    def __init__(self, address: str) -> None:
+        host, port = address.split(":")
+        self._far, self._listener = (host, int(port)), socket.create_server(("127.0.0.1", 0))
+        self._open: list[socket.socket] = []
+        self.address = f"localhost:{self._listener.getsockname()[1]}"
+        self._is_cut = False
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        self._is_cut = True
+        for end in self._open:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def mend(self) -> None:
+        self._is_cut = False
+
+    def close(self) -> None:
+        self.cut()
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                if self._is_cut:
+                    near.close()
+                    continue
+                far = socket.create_connection(self._far)
+                self._open += [near, far]
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._copy, args=pair, daemon=True).start()
+
+    @staticmethod
+    def _copy(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+
+def test_a_reply_survives_a_cut_line_and_arrives_once(world: World) -> None:
+    calls: list[int] = []
+
+    def cut_the_line(message: Message, context: Context) -> None:
+        calls.append(1)
+        wire.cut()
+        threading.Timer(1.5, wire.mend).start()
+
+    wire = Wire(world.running.door.gate_address)
+    key = world.root / "sites" / "leuven" / "site.key"
+    app = parts.echo_app(cut_the_line)
+    with parts.site_running(app, address=wire.address, ca_file=world.ca, key_file=key, name="leuven") as site:
+        lines = world.run("echo_cut", 'print("answers", ask(grid, nodes(grid, 1)))')
+        kinds = site.kinds()
+    wire.close()
+    assert "answers {'leuven': {'number': 7, 'site': 'leuven'}}" in lines
+    assert (calls, kinds.count("replied")) == ([1], 1)
+    assert kinds.index("unreachable") < kinds.index("back") < kinds.index("replied")
 
 
 def test_an_unregistered_key_is_refused_first_for_now_then_for_good(
