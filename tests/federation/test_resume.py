@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from flwr.app import Message
 
-from coordinator_runs import experiment, run, three_sites
+from coordinator_runs import NO_SURVIVAL, DyingGrid, Killed, experiment, run, three_sites
 from fourdvq_server.app import RunOptions, new_run, run_experiment
-from fourdvq_server.local_grid import LocalGrid
 from fourdvq_server.project import Project
 from fourdvq_server.store import open_store
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of ours catches it."""
-
-
-class DyingGrid(LocalGrid):
-    """Ends the coordinator from its `n`-th exchange on, as soon as one of several replies has been taken."""
-
-    def __init__(self, apps, n: int) -> None:
-        super().__init__(apps, one_at_a_time=True)
-        self.left, self.taken = n, 0
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        self.left, self.taken = self.left - 1, 0
-        return super().push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        if self.left <= 0 and self.taken:
-            raise Killed
-        got = super().pull_messages(message_ids)
-        self.taken += len(got)
-        return got
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +26,7 @@ def test_a_run_that_is_killed_in_every_exchange_gives_the_model_of_the_unbroken_
         # The third exchange is the first after hello and plan, which every start repeats.
         grid = DyingGrid(sites, 3)
         try:
-            stages = run_experiment(grid, project, "r", RunOptions(approval_wait_s=1.0))["stages"]
+            stages = run_experiment(grid, project, "r", RunOptions(approval_wait_s=1.0, stages=NO_SURVIVAL))["stages"]
             break
         except Killed:
             deaths += 1
@@ -72,7 +46,7 @@ def test_replies_that_had_arrived_are_taken_from_the_journal(tmp_path):
     new_run(project, experiment("evaluation.every_rounds=0"), name="r")
     grid = DyingGrid(sites, 4)  # hello, plan, codebook_init, then the first round
     with pytest.raises(Killed):
-        run_experiment(grid, project, "r", RunOptions(approval_wait_s=1.0))
+        run_experiment(grid, project, "r", RunOptions(approval_wait_s=1.0, stages=NO_SURVIVAL))
     grid.close()
     _, store = run(tmp_path, sites, "evaluation.every_rounds=0", until="vqgan")
     reused = store.stage("vqgan").read_round(1).facts["reused"]

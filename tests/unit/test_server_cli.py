@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator_runs import experiment, grid_of, run, stages_until, three_sites
+from coordinator_runs import NO_SURVIVAL, experiment, grid_of, run, stages_until, three_sites
 from fourdvq import console
 from fourdvq_server.app import RunOptions, allow_to_run, new_run, run_experiment
 from fourdvq_server.bundle import read_bundle
@@ -30,7 +30,7 @@ def project(tmp_path_factory) -> Project:
     for name, overrides in (("a", ()), ("b", ("seed=5",))):
         new_run(project, experiment("federation.rounds=1", "federation.ode_rounds=1", *overrides), name=name)
         with grid_of(three_sites()) as grid:
-            run_experiment(grid, project, name, RunOptions(approval_wait_s=1.0))
+            run_experiment(grid, project, name, RunOptions(approval_wait_s=1.0, stages=NO_SURVIVAL))
     return project
 
 
