@@ -52,6 +52,7 @@ from fourdvq_client.code_census import Census, SomeScans, WatchedScans, census_o
 from fourdvq_client.diary import Diary
 from fourdvq_client.egress import Outcome
 from fourdvq_client.latent_cache import LatentCache, encode_patient
+from fourdvq_client.local_scores import keep_part
 from fourdvq_client.round_states import RoundStates
 from fourdvq_client.worker import Job
 from fourdvq_client.workspace import Workspace
@@ -164,6 +165,7 @@ class Bench:
         scans = self._cohort().scans(task.split)
         data = self._scans(job.plan, task.split)
         sums = score_reconstruction(model, data, lung_of=lambda i: load_lung(scans[i]), window_hu=job.plan.window_hu)
+        self._keep_scores(job, "reconstruction", task, sums)
         return _summary(sums, len({s.pseudonym for s in scans}), len(scans))
 
     def evaluate_trajectory(self, job: Job) -> Outcome:
@@ -178,10 +180,17 @@ class Bench:
         world = WorldModel(vqgan, ode.to(self._device).eval(), found)
         patients = [longitudinal(p, job.plan.window_hu) for p in self._cohort().of(task.split)]
         sums = score_trajectories(world, patients, job.plan, modes=[task.mode])
+        self._keep_scores(job, task.mode, task, sums)
         scored = max((s.n for s in sums if s.row == "cohort"), default=0)
         return _summary(sums, scored, scored)
 
     # --- what the methods share --------------------------------------------------------------------------------
+
+    def _keep_scores(
+        self, job: Job, mode: str, task: ReconstructionTask | TrajectoryTask, sums: Sequence[RowSums]
+    ) -> None:
+        if task.split == "test":
+            keep_part(self._workspace, job.envelope.run, mode, task.model_sha256, sums)
 
     def _diary(self, job: Job) -> Diary:
         return Diary(self._workspace, job.envelope, job.plan)

@@ -128,14 +128,14 @@ def approve(root: Path, *, by: str) -> str:
 
 def report(root: Path, run: str = "") -> dict[str, str]:
     """Score the released model on the site's test patients and write the report; returns the paths of its editions."""
-    from fourdvq_client.local_scores import load_scores, score_locally
+    from fourdvq_client.local_scores import join_parts, load_scores, score_locally
     from fourdvq_client.released import open_release
     from fourdvq_client.site_report import write_site_report
     from fourdvq_client.workspace import open_workspace
 
     workspace, config = open_workspace(root)
     release = open_release(workspace)
-    if load_scores(workspace, release) is None:
+    if load_scores(workspace, release) is None and join_parts(workspace, release) is None:
         score_locally(workspace, config, release)
     return {name: str(path) for name, path in write_site_report(workspace, config, run=run).items()}
 
@@ -155,6 +155,15 @@ def generate(
     workspace, config = open_workspace(root)
     asked = Asked(interval=interval, years=years, times=tuple(times) if times is not None else None)
     return dict(generate_for(workspace, config, patient=patient or "", asked=asked).as_dict())
+
+
+def showcase(root: Path) -> dict[str, Any]:
+    """A held-out patient's later scans generated from the first two, and two years beyond; the paths written."""
+    from fourdvq_client import site_generation
+    from fourdvq_client.workspace import open_workspace
+
+    workspace, config = open_workspace(root)
+    return dict(site_generation.showcase(workspace, config).as_dict())
 
 
 def pull_local(root: Path, bundle: Path) -> str:

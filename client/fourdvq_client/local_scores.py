@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from fourdvq.data.datasets import ScanDataset, load_lung, open_prepared
 from fourdvq.data.files import write_atomic
@@ -12,6 +15,7 @@ from fourdvq.errors import CohortError
 from fourdvq.evaluation.reconstruction import score_reconstruction
 from fourdvq.evaluation.summary import RowSums
 from fourdvq.evaluation.trajectory import longitudinal, score_trajectories
+from fourdvq.tensors import Weights, payload_sha256
 from fourdvq_client.released import Released, world_model
 from fourdvq_client.workspace import SiteConfig, Workspace
 
@@ -24,6 +28,35 @@ class LocalScores:
     cohort_sha256: str
     split: str
     sums: tuple[RowSums, ...]
+
+
+def keep_part(workspace: Workspace, run: str, mode: str, model_sha256: str, sums: Sequence[RowSums]) -> None:
+    """Keep what the site computed for the coordinator on its test patients, before any rounding, for its own report."""
+    plain = {
+        "model_sha256": model_sha256,
+        "cohort_sha256": open_prepared(workspace.prep).cohort_sha256,
+        "sums": [asdict(one) for one in sums],
+    }
+    write_atomic(_part(workspace, run, mode), (json.dumps(plain) + "\n").encode())
+
+
+def join_parts(workspace: Workspace, release: Released) -> LocalScores | None:
+    """The scores of a released model from the parts kept in its run; None unless all are of this model and cohort."""
+    cohort = open_prepared(workspace.prep).cohort_sha256
+    ode = payload_sha256(_part_of(release.weights, "ode."))
+    tokenizer = _part_of(release.weights, "vqgan.") | {"codebook.codes": release.weights["codebook.codes"]}
+    wanted = {"reconstruction": payload_sha256(tokenizer)}
+    wanted |= {str(mode): ode for mode in release.plan.evaluation.modes}
+    sums: list[RowSums] = []
+    for mode, model in wanted.items():
+        path = _part(workspace, str(release.card["run"]), mode)
+        plain = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if (plain.get("model_sha256"), plain.get("cohort_sha256")) != (model, cohort):
+            return None
+        sums += [RowSums(**row) for row in plain["sums"]]
+    scores = LocalScores(str(release.card["weights_sha256"]), cohort, "test", tuple(sums))
+    _write(workspace, release, scores)
+    return scores
 
 
 def score_locally(workspace: Workspace, config: SiteConfig, release: Released, split: str = "test") -> LocalScores:
@@ -43,7 +76,7 @@ def score_locally(workspace: Workspace, config: SiteConfig, release: Released, s
     sums = score_reconstruction(world.vqgan, data, lung_of=lambda i: load_lung(scans[i]), window_hu=window)
     sums += score_trajectories(world, [longitudinal(p, window) for p in cohort.of(split)], release.plan)
     scores = LocalScores(str(release.card["weights_sha256"]), cohort.cohort_sha256, split, tuple(sums))
-    write_atomic(_path(workspace, release), (json.dumps(asdict(scores), indent=1) + "\n").encode())
+    _write(workspace, release, scores)
     return scores
 
 
@@ -58,6 +91,18 @@ def load_scores(workspace: Workspace, release: Released) -> LocalScores | None:
     current = open_prepared(workspace.prep).cohort_sha256
     same = scores.weights_sha256 == release.card["weights_sha256"] and scores.cohort_sha256 == current
     return scores if same else None
+
+
+def _write(workspace: Workspace, release: Released, scores: LocalScores) -> None:
+    write_atomic(_path(workspace, release), (json.dumps(asdict(scores), indent=1) + "\n").encode())
+
+
+def _part(workspace: Workspace, run: str, mode: str) -> Path:
+    return workspace.runs / run / "scores" / f"{mode}.json"
+
+
+def _part_of(weights: Weights, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
 def _path(workspace: Workspace, release: Released) -> Path:

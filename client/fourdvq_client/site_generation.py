@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,18 @@ def generate_for(
     lung = load_lung(found.scans[0])
     scans = torch.stack([load_x01(scan, release.plan.window_hu) for scan in used])
     made = generate(world, scans, years, times, lung=lung, detail=detail)
-    return _write(workspace, release, found, made, lung)
+    return _write(workspace, release, found, made, lung, {"given": years, "detail": detail})
+
+
+def showcase(workspace: Workspace, config: SiteConfig, *, years_beyond: int = 2) -> Generated:
+    """One trajectory to look at: a held-out patient with the most scans, the first two given, the later ones predicted,
+    then yearly scans beyond the last real one. Residual detail. Raises DataError E_GIVEN without such a patient."""
+    cohort = open_prepared(workspace.prep)
+    longest = max(cohort.patients, key=lambda p: (len(p.scans) > 2, p.split == "test", len(p.scans)))
+    years = [scan.years for scan in longest.scans]
+    later = tuple(math.floor(years[-1]) + k for k in range(1, years_beyond + 1))
+    asked = Asked(times=(*years, *(float(t) for t in later)))
+    return generate_for(workspace, config, patient=longest.pseudonym, asked=asked, detail="residual", given=2)
 
 
 def _patient(workspace: Workspace, cohort: PreparedCohort, named: str) -> PreparedPatient:
@@ -127,7 +139,12 @@ def _patient(workspace: Workspace, cohort: PreparedCohort, named: str) -> Prepar
 
 
 def _write(
-    workspace: Workspace, release: Released, patient: PreparedPatient, made: Trajectory, lung: Tensor
+    workspace: Workspace,
+    release: Released,
+    patient: PreparedPatient,
+    made: Trajectory,
+    lung: Tensor,
+    how: dict[str, Any],
 ) -> Generated:
     from fourdvq.reports.figures import trajectory_figure
 
@@ -157,6 +174,7 @@ def _write(
         "tokenizer_sha256": release.card["tokenizer_sha256"],
         "times": list(made.times),
         "kinds": list(made.kinds),
+        **how,
         "flags": list(made.flags),
         "code_shares": [[round(float(v), 9) for v in row] for row in made.histograms],
     }

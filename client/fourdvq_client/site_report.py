@@ -35,6 +35,7 @@ from fourdvq_client.workspace import SiteConfig, Workspace
 SHARE_JSON = "report.share.json"
 _MAX_PICTURES = 4
 _MAX_BIOMARKERS = 12
+_SHOWN_LOSSES = frozenset({"loss_rec"})  # the L1 error of stage 1: the one that says something without its weights
 
 
 def write_site_report(workspace: Workspace, config: SiteConfig, *, run: str = "") -> dict[str, Path]:
@@ -157,8 +158,8 @@ def _history(workspace: Workspace, run: str) -> dict[str, tuple[float, ...]]:
     history: dict[str, list[float]] = {}
     for text in path.read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
-        for name, value in line["losses"].items():
-            history.setdefault(f"{line['stage']} {name}", []).append(float(value))
+        for name in _SHOWN_LOSSES & set(line["losses"]):
+            history.setdefault(name, []).append(float(line["losses"][name]))
     return {name: tuple(values) for name, values in history.items()}
 
 

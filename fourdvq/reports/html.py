@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from typing import Any
 
 from fourdvq.reports.charts import interval_chart, line_chart
@@ -38,6 +39,7 @@ def render_report(data: ReportData, edition: Edition) -> str:
             edition=edition,
             verdicts=verdicts(facts),
             charts=_charts(facts, edition),
+            grades=sorted(Counter(case.grade for case in facts.cases).items()),
             tables={
                 name: _pivot(_rows(facts, plain, name)) for name in ("reconstruction", "extrapolation", "interpolation")
             },
@@ -77,7 +79,10 @@ def _charts(facts: ReportData, edition: Edition) -> dict[str, str]:
     charts = {}
     if facts.history:
         charts["history"] = line_chart(
-            facts.history, title="Reconstruction over rounds", x_label="round", y_label="PSNR, dB"
+            facts.history,
+            title="Training at this site: L1 error of reconstructions over rounds",
+            x_label="round",
+            y_label="mean absolute error",
         )
     skill = [r for r in facts.extrapolation if r.metric == "skill" and (edition == "local" or r.n >= 5)]
     if skill:

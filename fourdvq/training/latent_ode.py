@@ -173,7 +173,7 @@ class OdeTrainer:
             patient = patients[self._draw(len(patients))]
             used.add(patient.pseudonym)
             losses = self.loss_of(patient, rng)
-            (losses.total / n).backward()  # type: ignore[no-untyped-call]
+            (losses.total / n).backward()
             for name, value in (("loss", losses.total), ("recon", losses.recon), ("diff", losses.diff)):
                 sums[name] += float(value.detach()) / n
         self._pull_towards(start)

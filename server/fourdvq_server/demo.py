@@ -60,7 +60,7 @@ QUICK_OVERRIDES = (
     "federation.ode_local_steps=8",
     "gan.start_step=12",
 )
-SCAN_SIZE = (40, 80, 80)  # voxels of a synthetic scan: finer than the demo's grid, as real scans are
+SCAN_SIZE = (32, 64, 64)  # voxels of a synthetic scan: finer than the grid of the demo, as real scans are
 SCANS_PER_PATIENT = (2, 4)
 
 
@@ -244,7 +244,7 @@ def write_results(folders: Folders, options: DemoOptions, run: str, client: Any)
             paths["reports"][site.name] = client.report(folders.site(site.name), run)
             advance(1, site.name)
         first = next(site for site in options.sites if site.role == "train")
-        paths["trajectory"] = client.generate(folders.site(first.name), interval=1.0, years=3.0)
+        paths["trajectory"] = client.showcase(folders.site(first.name))
         advance(1, "trajectory")
     project = folders.coordinator
     paths["release"] = str(project.releases / run)

@@ -74,15 +74,18 @@ def _cell(cells: dict[tuple[str, str], dict[str, Any]], row: str, name: str) -> 
 
 
 def _side_by_side(data: dict[str, Any]) -> str:
-    """Federated and pooled means of the same rows on the external site."""
+    """Federated and pooled means on the external site, in the lung; the copy is the same scan for both."""
     ours = {(r["row"], r["metric"]): r["mean"] for r in data["groups"].get("external", ())}
     theirs = {(r["row"], r["metric"]): r["mean"] for r in data["pooled"]["groups"].get("external", ())}
+    places = [("reconstruction", "reconstruction", "autoencoder")]
+    places += [(row, "extrapolation", label) for row, label in ROW_LABELS.items() if row != "ceiling"]
+    keys = [(row, f"{mode}/{name}/lung", label, name) for row, mode, label in places for name in _SHOWN[:3]]
     rows = [
-        (f"{row} {metric}", _number(ours[row, metric]), _number(theirs[row, metric]))
-        for row, metric in ours
-        if (row, metric) in theirs and metric.split("/")[1] in ("mse", "psnr", "ssim")
+        (f"{label}, {name}", _number(ours[row, metric]), _number(theirs[row, metric]))
+        for row, metric, label, name in keys
+        if (row, metric) in ours and (row, metric) in theirs
     ]
-    return table(["external", "federated", "pooled"], rows)
+    return table(["external site", "federated", "pooled"], rows)
 
 
 def _traffic(data: dict[str, Any], site: str) -> tuple[str, str, str]:
