@@ -44,8 +44,8 @@ class DemoSite:
 
 
 SITES = (
-    DemoSite("leuven", "train", 34, 11, 0.35),
-    DemoSite("southampton", "train", 28, 22, 0.35),
+    DemoSite("leuven", "train", 34, 11, 0.45),
+    DemoSite("southampton", "train", 28, 22, 0.45),
     DemoSite("external", "external", 8, 33, 1.0),
 )
 QUICK_SITES = (
