@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+_GLOBAL_GENERATOR = threading.RLock()
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:
@@ -24,8 +27,9 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
 def seeded(seed: int, *purpose: str | int) -> Iterator[None]:
     """Within it torch's global CPU generator has the purpose's seed; afterwards it is as before.
 
-    For layers whose initialisation takes no generator. Nothing else may rely on the global generator.
+    For layers whose initialisation takes no generator. Nothing else may rely on the global generator. One thread at a
+    time: sites of one process train in threads, and would draw from each other's stream.
     """
-    with torch.random.fork_rng(devices=[]):
+    with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, *purpose))
         yield

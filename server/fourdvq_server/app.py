@@ -16,11 +16,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fourdvq import __version__
+from fourdvq.code_identity import package_sha256
 from fourdvq.config import to_plain
 from fourdvq.errors import TemporaryStop
 from fourdvq.wire.messages import PROTOCOL, Role
 from fourdvq_server.experiment import Experiment, TrackingSpec, flatten
-from fourdvq_server.package import package_sha256
 from fourdvq_server.project import Project
 from fourdvq_server.revalidate import answer, take_question
 from fourdvq_server.rounds import Federation

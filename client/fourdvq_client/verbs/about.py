@@ -49,6 +49,6 @@ def version() -> Result:
 
 
 def _protocol() -> int:
-    from fourdvq.wire.messages import PROTOCOL
+    from fourdvq.wire import PROTOCOL
 
     return PROTOCOL

@@ -33,10 +33,10 @@ def version() -> Result:
     from importlib.metadata import version as version_of
 
     from fourdvq import __version__
-    from fourdvq.wire.messages import PROTOCOL
-    from fourdvq_server.package import PACKAGES, package_sha256
+    from fourdvq.code_identity import package_sha256
+    from fourdvq.wire import PROTOCOL
 
-    hashes = {name: package_sha256(name) for name in PACKAGES}
+    hashes = {name: package_sha256(name) for name in ("fourdvq", "fourdvq_server")}
     others = {name: version_of(name) for name in ("flwr", "mlflow", "torch")}
     lines = [f"{name} {__version__}  sha256 {sha256}" for name, sha256 in hashes.items()]
     lines += [f"protocol {PROTOCOL}", *(f"{name} {number}" for name, number in others.items())]
