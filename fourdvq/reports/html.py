@@ -4,12 +4,36 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from fourdvq.reports.charts import interval_chart, line_chart
-from fourdvq.reports.validation import Edition, MetricRow, Picture, ReportData, report_json, share_edition, verdicts
+from fourdvq.reports.validation import (
+    SMALL_CELL,
+    Edition,
+    MetricRow,
+    Picture,
+    ReportData,
+    report_json,
+    share_edition,
+    verdicts,
+)
 
-_UNITS = {"psnr": "dB", "ssim": "", "mse": "", "mae_hu": "HU", "skill": ""}
+# Metrics in the order of their columns: (name in the facts, heading); the change metrics are a table of their own.
+_LEVEL_METRICS = {
+    "skill": "skill against the last scan",
+    "mse": "MSE",
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "mae_hu": "mean error, HU",
+}
+_CHANGE_METRICS = {
+    "change_correlation": "correlation of changes",
+    "change_slope": "slope (1 = right size)",
+    "auroc_increase": "AUROC of increases",
+    "auroc_decrease": "AUROC of decreases",
+}
+# Rows in the order in which they are read: ours, what it must beat, controls, the ceiling.
 _ROW_NAMES = {
     "model": "model (re-quantised decode)",
     "model_residual": "model + residual detail",
@@ -20,9 +44,11 @@ _ROW_NAMES = {
     "noise_control": "last scan + noise (control)",
     "ceiling": "ceiling: the real scan, through the decoder",
     "paper_pooled": "as the paper pools it (given and target times)",
-    "whole": "whole volume",
     "lung": "inside the lung",
+    "whole": "whole volume",
 }
+
+Table = tuple[list[str], list[tuple[str, dict[str, MetricRow]]]]
 
 
 def render_report(data: ReportData, edition: Edition) -> str:
@@ -41,10 +67,11 @@ def render_report(data: ReportData, edition: Edition) -> str:
             charts=_charts(facts, edition),
             grades=sorted(Counter(case.grade for case in facts.cases).items()),
             tables={
-                name: _pivot(_rows(facts, plain, name)) for name in ("reconstruction", "extrapolation", "interpolation")
+                name: [_pivot(_rows(facts, plain, name), metrics) for metrics in (_LEVEL_METRICS, _CHANGE_METRICS)]
+                for name in ("reconstruction", "extrapolation", "interpolation")
             },
             row_names=_ROW_NAMES,
-            units=_UNITS,
+            headings=_LEVEL_METRICS | _CHANGE_METRICS,
         )
     )
 
@@ -69,10 +96,12 @@ def _rows(facts: ReportData, plain: dict[str, Any], name: str) -> tuple[MetricRo
     return tuple(r for r in getattr(facts, name) if (r.row, r.metric) in kept)
 
 
-def _pivot(rows: tuple[MetricRow, ...]) -> tuple[list[str], list[tuple[str, dict[str, MetricRow]]]]:
-    metrics = list(dict.fromkeys(r.metric for r in rows))
-    names = list(dict.fromkeys(r.row for r in rows))
-    return metrics, [(name, {r.metric: r for r in rows if r.row == name}) for name in names]
+def _pivot(rows: tuple[MetricRow, ...], metrics: Mapping[str, str]) -> Table:
+    """Columns that occur, in the order of `metrics`, and lines that occur, in the order of `_ROW_NAMES`."""
+    found = {(r.row, r.metric): r for r in rows if r.metric in metrics}
+    columns = [m for m in metrics if any(metric == m for _, metric in found)]
+    names = [n for n in _ROW_NAMES if any(row == n for row, _ in found)]
+    return columns, [(name, {m: found[name, m] for m in columns if (name, m) in found}) for name in names]
 
 
 def _charts(facts: ReportData, edition: Edition) -> dict[str, str]:
@@ -84,7 +113,10 @@ def _charts(facts: ReportData, edition: Edition) -> dict[str, str]:
             x_label="round",
             y_label="mean absolute error",
         )
-    skill = [r for r in facts.extrapolation if r.metric == "skill" and (edition == "local" or r.n >= 5)]
+    # Rows that went through the decoder lie far off at this scale; the table has them.
+    shown = ("model_residual", "persistence", "noise_control")
+    skill = [r for r in facts.extrapolation if (r.metric, r.row in shown) == ("skill", True)]
+    skill = [r for r in skill if edition == "local" or r.n >= SMALL_CELL]
     if skill:
         rows = [(_ROW_NAMES.get(r.row, r.row), r.mean, r.low, r.high) for r in skill]
         charts["skill"] = interval_chart(
