@@ -30,7 +30,6 @@ from fourdvq.training.vqgan import initial_weights
 from fourdvq.wire.flower import pack, unpack
 from fourdvq.wire.messages import (
     PROTOCOL,
-    REPLIES,
     PlanTask,
     Refusal,
     Reply,
@@ -39,6 +38,7 @@ from fourdvq.wire.messages import (
     TaskEnvelope,
     VqganTask,
     VqganUpdate,
+    reply_types,
 )
 from fourdvq_client import embedded
 from fourdvq_client.accepted import AcceptedRounds
@@ -176,7 +176,7 @@ def reply_in(records: Any, kind: str) -> tuple[ReplyEnvelope, Reply]:
     try:
         return unpack(records, ReplyEnvelope, Refusal)
     except Exception:
-        return unpack(records, ReplyEnvelope, REPLIES[kind])
+        return unpack(records, ReplyEnvelope, *reply_types(kind))
 
 
 # --- a real site ---------------------------------------------------------------------------------------------------

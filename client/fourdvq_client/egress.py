@@ -17,17 +17,18 @@ import torch
 
 from fourdvq.errors import CODES, Refused
 from fourdvq.plan import Plan
-from fourdvq.survival.selection import REPLICATES_AT_ONCE as MOST_REPLICATES
 from fourdvq.tensors import Weights, first_nonfinite, form_difference, payload_sha256
 from fourdvq.training.update import WIRE_DTYPES, clip_relative, to_wire
+from fourdvq.wire.masked import peers_sha256
 from fourdvq.wire.messages import (
     COX_REPLIES,
     CodebookInitTask,
     CodebookSums,
-    CoxReply,
-    CoxTask,
+    CoxKey,
+    CoxPeersTask,
     EncodeTask,
     EvalSummary,
+    MaskedReply,
     OdeUpdate,
     PlanAck,
     Receipt,
@@ -35,11 +36,13 @@ from fourdvq.wire.messages import (
     ReleaseTask,
     Reply,
     Report,
+    RiskReply,
     SiteCard,
     Task,
     VqganTask,
     VqganUpdate,
 )
+from fourdvq_client.cox_egress import check_cox
 from fourdvq_client.policy import SitePolicy, WireDtype
 
 # Bits of precision behind the point: of two dtypes the coarser one has the last word.
@@ -192,6 +195,8 @@ def _ack(outcome: Outcome, context: Context) -> Cleared:
 def _receipt(outcome: Outcome, context: Context) -> Cleared:
     """The hash must be one that the coordinator sent: a free field of 64 digits could carry anything."""
     reply, task = _pair(outcome, context, Receipt)
+    if isinstance(task, CoxPeersTask) and reply.sha256 != peers_sha256(task.sites, task.public_keys):
+        raise _refuse("receipt", "a sha256 that is not the list's")
     known = {EncodeTask: "tokenizer_sha256"}.get(type(task))
     if known is not None and reply.sha256 != getattr(task, known):
         raise _refuse("receipt", "a sha256 that is not the task's")
@@ -252,27 +257,7 @@ def _report(outcome: Outcome, context: Context) -> Cleared:
 
 
 def _cox(outcome: Outcome, context: Context) -> Cleared:
-    """Sums of a survival analysis: exactly the declared class, finite, and no axis longer than the models asked for.
-
-    The disclosure rules themselves were applied before anything was summed (`fourdvq.survival.disclosure`).
-    """
-    reply, task = outcome.reply, context.task
-    wanted = COX_REPLIES.get(type(task).kind) if isinstance(task, CoxTask) else None
-    if wanted is None or type(reply) is not wanted or not isinstance(reply, CoxReply) or context.plan is None:
-        raise _refuse("type", f"{type(reply).__name__} for {type(task).__name__}")
-    declared = wanted.__dataclass_fields__["sums"].type
-    if type(reply.sums) is not declared:
-        raise _refuse("type", f"sums of class {type(reply.sums).__name__}")
-    arrays = reply.sums.arrays()
-    if not all(np.isfinite(array).all() for array in arrays.values()):
-        raise Refused("NONFINITE", where="cox_stats")
-    survival = context.plan.survival
-    models = (context.plan.model.n_codes + 1) * survival.folds * max(1, min(survival.permutations, MOST_REPLICATES))
-    parameters = 1 + len(survival.covariates)
-    longest = max(models, context.plan.model.n_codes + parameters, parameters * (parameters + 1) // 2)
-    if any(size > longest for array in arrays.values() for size in array.shape):
-        raise _refuse("cox_stats", "an array longer than the models that were asked for")
-    return Cleared(reply, sum(array.nbytes for array in arrays.values()) + _JSON_ALLOWANCE)
+    return Cleared(outcome.reply, check_cox(outcome.reply, context.task, context.plan) + _JSON_ALLOWANCE)
 
 
 _RULES: dict[type[Reply], Callable[[Outcome, Context], Cleared]] = {
@@ -284,7 +269,7 @@ _RULES: dict[type[Reply], Callable[[Outcome, Context], Cleared]] = {
     Receipt: _receipt,
     EvalSummary: _summary,
     Report: _report,
-    **dict.fromkeys(COX_REPLIES.values(), _cox),
+    **dict.fromkeys((*COX_REPLIES.values(), RiskReply, MaskedReply, CoxKey), _cox),
 }
 
 

@@ -18,7 +18,6 @@ from fourdvq.wire.body import body_sha256
 from fourdvq.wire.flower import pack, unpack, unpack_envelope, wire_bytes
 from fourdvq.wire.messages import (
     PROTOCOL,
-    REPLIES,
     TASKS,
     PlanTask,
     Refusal,
@@ -26,6 +25,7 @@ from fourdvq.wire.messages import (
     ReplyEnvelope,
     Task,
     TaskEnvelope,
+    reply_types,
 )
 from fourdvq_client.accepted import AcceptedRounds
 from fourdvq_client.audit import AuditLog, Entry, bucket
@@ -183,7 +183,8 @@ class Guard:
     ) -> tuple[Reply, int]:
         if isinstance(outcome.reply, Refusal):
             return Refusal(code=outcome.reply.code), _REFUSAL_BYTES
-        if policy is None or type(outcome.reply) is not REPLIES.get(kind) or type(task) is not TASKS.get(kind):
+        allowed = reply_types(kind) if kind in TASKS else ()
+        if policy is None or type(outcome.reply) not in allowed or type(task) is not TASKS.get(kind):
             raise Refused("E_EGRESS", where="type", found=type(outcome.reply).__name__, wanted=f"the reply of {kind}")
         plan = self._facts.plan(envelope.plan)
         cleared = clear(outcome, Context(task, plan, policy.rules, self._facts.identifiers))

@@ -20,6 +20,7 @@ from fourdvq_client.code_identity import Installed, check_code, installed_code
 from fourdvq_client.cox_desk import CoxDesk
 from fourdvq_client.guard import Guard
 from fourdvq_client.policy import LoadedPolicy, load_policy
+from fourdvq_client.survival_table import SurvivalTables
 from fourdvq_client.worker import Worker, make_worker
 from fourdvq_client.workspace import SiteConfig, Workspace, open_workspace
 
@@ -112,7 +113,7 @@ def open_site(root: Path, *, worker: str | None = None) -> Site:
         rounds,
         guard,
         worker=make_worker(worker or config.worker, workspace, config.device),
-        cox=CoxDesk(workspace, config.site),
+        cox=CoxDesk(workspace, config.site, SurvivalTables(workspace, config.site).table),
     )
 
 

@@ -17,6 +17,8 @@ from fourdvq.plan import Plan
 from fourdvq.wire.messages import (
     COX_TASKS,
     CodebookInitTask,
+    CoxKeysTask,
+    CoxPeersTask,
     CoxTask,
     EncodeTask,
     HelloTask,
@@ -139,5 +141,7 @@ HANDLERS: dict[type[Task], Handler] = {
     TrajectoryTask: lambda task, envelope, site: site.worker.evaluate_trajectory(_job(task, envelope, site)),
     ReportTask: report,
     ReleaseTask: release,
+    CoxKeysTask: lambda task, envelope, site: site.cox.keys(task, envelope),
+    CoxPeersTask: lambda task, envelope, site: site.cox.peers(task, envelope),
     **dict.fromkeys(COX_TASKS.values(), survival),
 }

@@ -15,7 +15,7 @@ import torch
 from fourdvq.error_codes import WIRE_CODES
 from fourdvq.wire.body import leaf_types
 from fourdvq.wire.forms import Form
-from fourdvq.wire.messages import PROTOCOL, REPLIES, TASKS, Refusal, Reply, ReplyEnvelope
+from fourdvq.wire.messages import PROTOCOL, TASKS, MaskedReply, Refusal, Reply, ReplyEnvelope, RiskReply, reply_types
 
 _HEAD = f"""# What leaves the hospital
 
@@ -46,7 +46,7 @@ _RULES = {
     ),
     "cox_stats": (
         "The rules of the policy's `cox` block are applied before anything is summed; arrays may not be longer than "
-        "the models that were asked for."
+        "the models that were asked for. From `masking_from` sites on they leave as `MaskedReply` alone."
     ),
     "eval_summary": (
         "Refused below `min_patients_per_summary`; rows of fewer than `min_cell` items are withheld, their number is "
@@ -58,16 +58,25 @@ _RULES = {
 }
 
 
+_MASKED = "named tensors: the arrays of the unmasked answer, each value under a mask of its own"
+
+
 def page() -> str:
     """The whole page as Markdown."""
     parts = [_HEAD, "## Around every reply\n", _table(ReplyEnvelope), "## Instead of any reply\n", _section(Refusal)]
     parts.append("Codes: " + ", ".join(f"`{code}`" for code in WIRE_CODES) + ".\n")
     parts.append("## Replies by message type\n")
     for kind in TASKS:
-        reply = REPLIES[kind]
         asks = "training sites only" if TASKS[kind].trains else "all sites"
-        parts.append(f"### `{kind}`\n\nAnswer `{reply.__name__}`, {asks}.\n")
-        parts.append(_section(reply))
+        first, *others = reply_types(kind)
+        parts.append(f"### `{kind}`\n\nAnswer `{first.__name__}`, {asks}.\n")
+        parts.append(_section(first))
+        if others:
+            names = " or ".join(f"`{other.__name__}`" for other in others)
+            parts.append(f"Or {names}, as under *Other answers of the survival analysis*.\n")
+    parts.append("## Other answers of the survival analysis\n")
+    for reply in (MaskedReply, RiskReply):
+        parts.append(f"### `{reply.__name__}`\n\n{_section(reply)}")
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -76,7 +85,7 @@ def _section(reply: type[Reply]) -> str:
 
 
 def _table(cls: type[Any]) -> str:
-    rows = [f"| `{name}` | {_words(hint)} |" for name, hint in leaf_types(cls)]
+    rows = [f"| `{name}` | {_MASKED if name == 'hidden' else _words(hint)} |" for name, hint in leaf_types(cls)]
     return "\n".join(["| field | what it can hold |", "|---|---|", *rows, ""]) if rows else "No fields.\n"
 
 

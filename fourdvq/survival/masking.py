@@ -60,16 +60,20 @@ class Masker:
             peer: private.exchange(X25519PublicKey.from_public_bytes(key)) for peer, key in sorted(peers.items())
         }
 
+    @property
+    def parties(self) -> int:
+        """Sites of the run, this one included."""
+        return 1 + len(self._secrets)
+
     def mask(self, sums: Sums) -> MaskedSums:
         """The answer with all masks added; each call uses the next counter, so no stream is used twice.
 
         Raises Refused E_COX_RULE `fixed_point_range` before anything is encoded.
         """
-        parties = 1 + len(self._secrets)
-        plain = encode(sums, sites=parties)
+        plain = encode(sums, sites=self.parties)
         counter, self.counter = self.counter, self.counter + 1
         hidden = {name: self._hide(name, array, counter) for name, array in plain.items()}
-        return MaskedSums(type(sums), counter, parties, hidden)
+        return MaskedSums(type(sums), counter, self.parties, hidden)
 
     def _hide(self, name: str, values: U64, counter: int) -> U64:
         hidden = values.copy()

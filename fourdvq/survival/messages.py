@@ -341,3 +341,10 @@ MESSAGES: dict[str, tuple[type[Message], type[Sums]]] = {
     "cox_logrank": (LogRankRequest, LogRankSums),
     "cox_result": (ResultMessage, Receipt),
 }
+
+
+def answer_type(request: Message, baseline: str) -> type[Sums]:
+    """The class of the answer to a request in an analysis with this baseline hazard."""
+    if isinstance(request, CoxRequest) and baseline == "shared":
+        return RiskSums
+    return next(sums for asked, sums in MESSAGES.values() if asked is type(request))

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import math
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -79,6 +79,17 @@ def put_together(cls: type[T], parts: Parts) -> T:
         ) from None
     take_apart(body)
     return body
+
+
+def put_together_one(classes: Sequence[type[T]], parts: Parts) -> T:
+    """The first of `classes` that has exactly these parts. Raises the WireError of the first one if none has."""
+    first: WireError | None = None
+    for cls in classes:
+        try:
+            return put_together(cls, parts)
+        except WireError as error:
+            first = first or error
+    raise first or WireError("E_MESSAGE", found="no class", wanted="at least one")
 
 
 def body_sha256(body: Any) -> str:
@@ -215,4 +226,4 @@ def _same_names(cls: type, what: str, found: set[str], wanted: set[str]) -> None
         )
 
 
-__all__ = ["Parts", "body_bytes", "body_sha256", "leaf_types", "put_together", "take_apart"]
+__all__ = ["Parts", "body_bytes", "body_sha256", "leaf_types", "put_together", "put_together_one", "take_apart"]

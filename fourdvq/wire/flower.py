@@ -19,7 +19,7 @@ from safetensors.torch import save as save_safetensors
 
 from fourdvq.config import canonical_json
 from fourdvq.errors import WireError
-from fourdvq.wire.body import Parts, put_together, take_apart
+from fourdvq.wire.body import Parts, put_together, put_together_one, take_apart
 
 E = TypeVar("E")
 B = TypeVar("B")
@@ -44,8 +44,11 @@ def pack(envelope: Any, body: Any) -> RecordDict:
     )
 
 
-def unpack(records: RecordDict, envelope_cls: type[E], body_cls: type[B]) -> tuple[E, B]:
-    """Decode and check: exactly the three records, exactly the declared fields, tensors only as safetensors bytes."""
+def unpack(records: RecordDict, envelope_cls: type[E], *body_classes: type[B]) -> tuple[E, B]:
+    """Decode and check: exactly the three records, exactly the declared fields, tensors only as safetensors bytes.
+
+    The body is the first of `body_classes` that has exactly these fields.
+    """
     _exact_records(records)
     envelope = put_together(envelope_cls, Parts(fields=_fields(records, "envelope")))
     parts = Parts(fields=_fields(records, "fields"))
@@ -55,7 +58,7 @@ def unpack(records: RecordDict, envelope_cls: type[E], body_cls: type[B]) -> tup
             parts.arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
         else:
             parts.tensors[name] = tensors
-    return envelope, put_together(body_cls, parts)
+    return envelope, put_together_one(body_classes, parts)
 
 
 def unpack_envelope(records: RecordDict, envelope_cls: type[E]) -> E:

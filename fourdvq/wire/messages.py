@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from fourdvq.survival.messages import MESSAGES as COX_MESSAGES
+from fourdvq.survival.messages import RiskSums
+from fourdvq.wire import PROTOCOL as PROTOCOL
 from fourdvq.wire.forms import Code, Json, Nonce, RowName, RunId, Sha256, SiteName, Version
-
-PROTOCOL = 1
 
 Tensors = Mapping[str, torch.Tensor]
 Role = Literal["train", "external"]
@@ -298,6 +298,48 @@ class CoxReply(Reply):
         return dataclasses.replace(self, sums=self.sums + other.sums)
 
 
+@dataclass(frozen=True)
+class CoxKeysTask(Task):
+    """Before an analysis of several sites: make a key pair for it and send the public half."""
+
+    kind: ClassVar[str] = "query.cox_keys"
+    analysis: int
+    tokenizer_sha256: Sha256
+
+
+@dataclass(frozen=True)
+class CoxKey(Reply):
+    """A raw X25519 public key (32,) uint8, used for one analysis."""
+
+    egress: ClassVar[str] = "cox_stats"
+    public_key: np.ndarray
+
+
+@dataclass(frozen=True)
+class CoxPeersTask(Task):
+    """The sites of an analysis in order of name and their public keys (S, 32) uint8: from now on answers are masked.
+
+    The receipt repeats the list's sha256 (`fourdvq.wire.masked.peers_sha256`).
+    """
+
+    kind: ClassVar[str] = "query.cox_peers"
+    analysis: int
+    tokenizer_sha256: Sha256
+    sites: tuple[SiteName, ...]
+    public_keys: np.ndarray
+
+
+@dataclass(frozen=True)
+class MaskedReply(Reply):
+    """The sums of one step under masks. `hidden`: int64 modulo 2^64, by array name of the sums; they tell something
+    only when the answers of all `parties` sites to the same step (`counter`) are added."""
+
+    egress: ClassVar[str] = "cox_stats"
+    counter: int
+    parties: int
+    hidden: Tensors
+
+
 def _cox_task(action: str, request: type) -> type[CoxTask]:
     name = "".join(word.title() for word in action.split("_")) + "Task"
     space = {"kind": f"query.{action}", "trains": action not in EXTERNAL_COX, "__module__": __name__}
@@ -315,6 +357,7 @@ def _cox_reply(action: str, sums: type) -> type[CoxReply]:
 EXTERNAL_COX = frozenset({"cox_hello", "cox_scale", "cox_cindex", "cox_result"})
 COX_TASKS: dict[str, type[CoxTask]] = {f"query.{a}": _cox_task(a, request) for a, (request, _) in COX_MESSAGES.items()}
 COX_REPLIES: dict[str, type[CoxReply]] = {f"query.{a}": _cox_reply(a, sums) for a, (_, sums) in COX_MESSAGES.items()}
+RiskReply = _cox_reply("risk", RiskSums)  # to `query.cox_eval` where the baseline hazard is shared
 
 
 # --- results to and from people ----------------------------------------------------------------------------------
@@ -355,7 +398,8 @@ _OTHER_TASKS: tuple[type[Task], ...] = (
     ReportTask,
     ReleaseTask,
 )
-TASKS: dict[str, type[Task]] = {cls.kind: cls for cls in (*_OTHER_TASKS, *COX_TASKS.values())}
+_COX_TASKS: tuple[type[Task], ...] = (CoxKeysTask, CoxPeersTask, *COX_TASKS.values())
+TASKS: dict[str, type[Task]] = {cls.kind: cls for cls in (*_OTHER_TASKS, *_COX_TASKS)}
 REPLIES: dict[str, type[Reply]] = {
     "query.hello": SiteCard,
     "query.plan": PlanAck,
@@ -367,8 +411,20 @@ REPLIES: dict[str, type[Reply]] = {
     "evaluate.trajectory": EvalSummary,
     "query.report": Report,
     "query.release": Receipt,
+    "query.cox_keys": CoxKey,
+    "query.cox_peers": Receipt,
     **COX_REPLIES,
 }
+# Other answers that a message type may have; which one follows from the analysis, and no two have the same fields.
+OTHER_REPLIES: dict[str, tuple[type[Reply], ...]] = {
+    **{kind: (MaskedReply,) for kind in COX_REPLIES},
+    "query.cox_eval": (RiskReply, MaskedReply),
+}
+
+
+def reply_types(kind: str) -> tuple[type[Reply], ...]:
+    """What may answer a message type, beside a refusal."""
+    return (REPLIES[kind], *OTHER_REPLIES.get(kind, ()))
 
 
 def payload_fields(message: Any) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import torch
 from fourdvq.config import to_plain
 from fourdvq.data.files import file_sha256
 from fourdvq.errors import FourdvqError
-from fourdvq.wire.body import Parts, put_together, take_apart
-from fourdvq.wire.messages import REPLIES, Reply, ReplyEnvelope, Task
+from fourdvq.wire.body import Parts, put_together, put_together_one, take_apart
+from fourdvq.wire.messages import Reply, ReplyEnvelope, Task, reply_types
 from fourdvq_server.store import load_tensors, save_tensors, write_json
 
 _ARRAY, _TENSOR = "array/", "tensor/"
@@ -76,4 +76,5 @@ class Journal:
             else:
                 owner, _, rest = name.removeprefix(_TENSOR).partition("/")
                 parts.tensors[owner][rest] = tensor
-        return put_together(ReplyEnvelope, Parts(fields=record["envelope"])), put_together(REPLIES[kind], parts)
+        envelope = put_together(ReplyEnvelope, Parts(fields=record["envelope"]))
+        return envelope, put_together_one(reply_types(kind), parts)

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from fourdvq.errors import FourdvqError, TemporaryStop, WireError
 from fourdvq.tensors import payload_sha256
 from fourdvq.wire.flower import pack, unpack, wire_bytes
-from fourdvq.wire.messages import PROTOCOL, REPLIES, Refusal, Reply, ReplyEnvelope, Task, TaskEnvelope
+from fourdvq.wire.messages import PROTOCOL, Refusal, Reply, ReplyEnvelope, Task, TaskEnvelope, reply_types
 from fourdvq_server.journal import Journal
 from fourdvq_server.reply_checks import check_body, check_reply
 from fourdvq_server.store import RunStore
@@ -213,7 +213,7 @@ class Federation:
     def _accept(self, message: Message, sent: _Sent, replies: Replies, journal: Journal | None) -> None:
         size = wire_bytes(message.content)
         replies.bytes_up[sent.site] = size
-        envelope, body = _unpack_reply(message, REPLIES[type(sent.task).kind])
+        envelope, body = _unpack_reply(message, reply_types(type(sent.task).kind))
         last = self._audit_heads.get(sent.site)
         check_reply(sent.site, sent.envelope, envelope, body, last_audit_head=last)
         self._audit_heads[sent.site] = envelope.audit_head
@@ -257,12 +257,12 @@ def parent_of(task: Task) -> str:
     return payload_sha256(weights) if weights is not None else ""
 
 
-def _unpack_reply(message: Message, wanted: type[Reply]) -> tuple[ReplyEnvelope, Reply]:
+def _unpack_reply(message: Message, wanted: tuple[type[Reply], ...]) -> tuple[ReplyEnvelope, Reply]:
     """The reply as what was asked for, or as a refusal: that has one field and no tensors."""
     if not len(message.content.array_records.get("tensors", ())):
         with contextlib.suppress(WireError):
             return unpack(message.content, ReplyEnvelope, Refusal)
-    return unpack(message.content, ReplyEnvelope, wanted)
+    return unpack(message.content, ReplyEnvelope, *wanted)
 
 
 def _ignore(text: str) -> None:

@@ -7,19 +7,25 @@ import json
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fourdvq.errors import WireError
+from fourdvq.survival.masking import Masker
 from fourdvq.survival.messages import array_fields
 from fourdvq.wire.body import body_bytes, body_sha256, leaf_types
 from fourdvq.wire.flower import pack, unpack, unpack_envelope, wire_bytes
+from fourdvq.wire.masked import masked_reply, masked_sums
 from fourdvq.wire.messages import (
+    COX_TASKS,
+    OTHER_REPLIES,
     PROTOCOL,
     REPLIES,
     TASKS,
     EvalSummary,
+    MaskedReply,
     OdeUpdate,
     PlanTask,
     Receipt,
@@ -29,6 +35,7 @@ from fourdvq.wire.messages import (
     TaskEnvelope,
     VqganTask,
     VqganUpdate,
+    reply_types,
     with_fields,
 )
 
@@ -217,7 +224,7 @@ def test_equal_weights_for_two_sites_are_one_object():
     assert a["tensors"].object_id == b["tensors"].object_id
 
 
-@pytest.mark.parametrize("kind", sorted(k for k in TASKS if k.startswith("query.cox_")))
+@pytest.mark.parametrize("kind", sorted(COX_TASKS))
 def test_cox_messages_come_back_as_they_were_sent(kind):
     task = TASKS[kind](
         analysis=1, tokenizer_sha256=HEX, request=example(TASKS[kind].__dataclass_fields__["request"].type)
@@ -227,6 +234,31 @@ def test_cox_messages_come_back_as_they_were_sent(kind):
     assert body_sha256(unpack(pack(REPLY, reply), ReplyEnvelope, REPLIES[kind])[1]) == body_sha256(reply)
     doubled = reply + reply
     assert all(np.array_equal(v, 2 * reply.sums.arrays()[k]) for k, v in doubled.sums.arrays().items())
+
+
+@pytest.mark.parametrize("kind", sorted(COX_TASKS))
+def test_masked_sums_come_back_as_what_they_are_and_as_nothing_else(kind):
+    sums = example(REPLIES[kind].__dataclass_fields__["sums"].type)
+    mine = X25519PrivateKey.generate()
+    masker = Masker("a", mine, {"b": X25519PrivateKey.generate().public_key().public_bytes_raw()}, run="r/1")
+    masked = masker.mask(sums)
+    reply = unpack(pack(REPLY, masked_reply(masked)), ReplyEnvelope, *reply_types(kind))[1]
+    assert type(reply) is MaskedReply
+    back = masked_sums(reply, type(sums))
+    assert (back.counter, back.parties) == (0, 2)
+    assert all(np.array_equal(back.arrays[name], array) for name, array in masked.arrays.items())
+    for broken in ({}, {**reply.hidden, "extra": torch.zeros(1, dtype=torch.int64)}):
+        with pytest.raises(WireError):
+            masked_sums(with_fields(reply, hidden=broken), type(sums))
+    floats = {name: tensor.double() for name, tensor in reply.hidden.items()}
+    with pytest.raises(WireError):
+        masked_sums(with_fields(reply, hidden=floats), type(sums))
+
+
+def test_no_two_answers_to_one_question_have_the_same_fields():
+    for kind, others in OTHER_REPLIES.items():
+        names = [tuple(name for name, _ in leaf_types(cls)) for cls in (REPLIES[kind], *others)]
+        assert len(set(names)) == len(names), kind
 
 
 def example(cls):

@@ -1,42 +1,39 @@
 """Stage survival: select prognostic codes over all training sites as if their patients stood in one table.
 
-The mathematics is `fourdvq.survival.SelectionRun`, which asks and listens; this module carries its requests to the
-sites and their sums back. A site that is lost or refuses in any step ends the analysis, because sums over a changed
-cohort are wrong; a new one starts without it and both stand in the record. Every step is journaled: an interrupted
-coordinator makes the run again and feeds it the recorded sums.
+The mathematics is `fourdvq.survival.SelectionRun`; `cox_exchange` carries its requests. A site that is lost or refuses
+ends the analysis, a new one starts without it under fresh masks, and both stand in the record.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 from fourdvq.config import to_plain
 from fourdvq.data.files import write_atomic
 from fourdvq.plan import Plan, SurvivalSpec
 from fourdvq.survival.disclosure import Policy
-from fourdvq.survival.messages import MESSAGES, HelloRequest, Message, Sums, combine
+from fourdvq.survival.messages import HelloRequest
 from fourdvq.survival.run import Settings
 from fourdvq.survival.selection import PaperRule, Selection, SelectionRun
-from fourdvq.wire.messages import COX_TASKS, CoxReply
 from fourdvq_server.stages.context import StageContext
+from fourdvq_server.stages.cox_exchange import Analysis, Exchange
 from fourdvq_server.stages.freeze import frozen_model
 from fourdvq_server.store import StageStore, write_json
 
 NAME = "survival"
-KIND_OF: dict[type[Message], str] = {request: f"query.{action}" for action, (request, _) in MESSAGES.items()}
 TABLE, RECORD = "selection.csv", "selection.json"
+SHARED = (
+    "one baseline hazard for all sites: sums over risk sets left the sites, times were rounded to a coarse public "
+    "grid, and estimates differ from those with one baseline per site"
+)
 
 
 @dataclass
-class Analysis:
-    """One attempt: who took part, what became of it, and who ended it."""
+class Attempt(Analysis):
+    """An analysis and what came of it."""
 
-    number: int
-    sites: list[str]
-    messages: int = 0
-    failed: dict[str, str] = field(default_factory=dict)
     selection: Selection | None = None
 
 
@@ -44,15 +41,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """The selection, or why there is none. Never fails a run: survival needs more patients than training does."""
     stage = context.store.stage(NAME)
     _, tokenizer = frozen_model(context)
-    attempts: list[Analysis] = []
-    sites = list(context.trainers)
-    while sites:
-        attempt = Analysis(len(attempts) + 1, sites)
-        attempts.append(attempt)
-        _attempt(context, stage, tokenizer, attempt)
-        if attempt.selection is not None:
-            break
-        sites = [site for site in sites if site not in attempt.failed]
+    attempts = select(context, Exchange(context, stage, tokenizer))
     facts = _facts(context.plan, attempts)
     _write(stage, attempts, facts)
     if facts["codes"]:
@@ -61,25 +50,27 @@ def run(context: StageContext) -> dict[str, Any]:
     return facts
 
 
-def _attempt(context: StageContext, stage: StageStore, tokenizer: str, attempt: Analysis) -> None:
+def select(context: StageContext, exchange: Exchange) -> list[Attempt]:
+    """Analyses of ever fewer sites until one came to its end."""
     spec = context.plan.survival
-    run = SelectionRun(
-        hello_of(context, tokenizer, len(attempt.sites)),
-        Settings.under(Policy()),
-        rule=PaperRule(**to_plain(spec.rule)),
-        permutations=spec.permutations,
-    )
-    while (request := run.request()) is not None:
-        sums, failed = _step(context, stage, tokenizer, attempt, request)
-        if sums is None:
-            attempt.failed = failed
-            context.notify(
-                f"survival analysis {attempt.number} ended: {', '.join(f'{s} {c}' for s, c in failed.items())}"
-            )
-            return
-        attempt.messages += 1
-        run.update(sums)
-    attempt.selection = run.finished([])
+    if spec.baseline == "shared":
+        context.notify(f"survival.baseline=shared: {SHARED}")
+    attempts: list[Attempt] = []
+    sites = list(context.trainers)
+    while sites:
+        attempt = Attempt(len(attempts) + 1, sites)
+        attempts.append(attempt)
+        analysis = SelectionRun(
+            hello_of(context, exchange.tokenizer, len(sites)),
+            Settings.under(Policy()),
+            rule=PaperRule(**to_plain(spec.rule)),
+            permutations=spec.permutations,
+        )
+        if exchange.converse(attempt, analysis):
+            attempt.selection = analysis.finished([])
+            break
+        sites = [site for site in sites if site not in attempt.failed]
+    return attempts
 
 
 def hello_of(context: StageContext, tokenizer: str, sites: int) -> HelloRequest:
@@ -97,21 +88,7 @@ def hello_of(context: StageContext, tokenizer: str, sites: int) -> HelloRequest:
     )
 
 
-def _step(
-    context: StageContext, stage: StageStore, tokenizer: str, attempt: Analysis, request: Message
-) -> tuple[Sums | None, dict[str, str]]:
-    """The sum of all sites' answers, or the sites that did not answer."""
-    kind = KIND_OF[type(request)]
-    task = COX_TASKS[kind](analysis=attempt.number, tokenizer_sha256=tokenizer, request=request)
-    exchange = f"analysis-{attempt.number}-step-{attempt.messages + 1:03d}"
-    replies = context.ask(stage, exchange, task, attempt.sites, quorum=0)
-    context.progress(NAME, attempt.messages + 1, 0, kind.removeprefix("query.cox_"))
-    if replies.failed:
-        return None, replies.failed
-    return combine(cast(CoxReply, body).sums for body in replies.bodies().values()), {}
-
-
-def _facts(plan: Plan, attempts: list[Analysis]) -> dict[str, Any]:
+def _facts(plan: Plan, attempts: list[Attempt]) -> dict[str, Any]:
     done = attempts[-1].selection if attempts else None
     rows = biomarker_rows(done) if done is not None else []
     selected = list(done.selected) if done is not None else []
@@ -122,8 +99,9 @@ def _facts(plan: Plan, attempts: list[Analysis]) -> dict[str, Any]:
         "withheld": len(done.withheld) if done is not None else 0,
         "rounds": done.rounds if done is not None else 0,
         "messages": sum(a.messages for a in attempts),
-        "analyses": [{"sites": a.sites, "ended_by": a.failed} for a in attempts],
-        "warnings": list(done.warnings) if done is not None else [],
+        "analyses": [{"sites": a.sites, "masked": a.masked, "ended_by": a.failed} for a in attempts],
+        "baseline": plan.survival.baseline,
+        "warnings": [*([SHARED] if plan.survival.baseline == "shared" else []), *(done.warnings if done else ())],
     }
 
 
@@ -158,7 +136,7 @@ def _geometric(values: Any) -> float:
     return float(math.exp(sum(math.log(v) for v in values) / len(values)))
 
 
-def _why(plan: Plan, attempts: list[Analysis], rows: list[dict[str, Any]]) -> str:
+def _why(plan: Plan, attempts: list[Attempt], rows: list[dict[str, Any]]) -> str:
     """Why fewer codes than asked for were selected; empty if all were found."""
     rule = plan.survival.rule
     done = attempts[-1].selection if attempts else None
@@ -178,7 +156,7 @@ def _why(plan: Plan, attempts: list[Analysis], rows: list[dict[str, Any]]) -> st
     )
 
 
-def _write(stage: StageStore, attempts: list[Analysis], facts: dict[str, Any]) -> None:
+def _write(stage: StageStore, attempts: list[Attempt], facts: dict[str, Any]) -> None:
     """selection.csv (a row per code and fold) and selection.json beside the stage's result."""
     stage.folder.mkdir(parents=True, exist_ok=True)
     done = attempts[-1].selection if attempts else None

@@ -1,0 +1,224 @@
+"""A survival analysis over three hospitals: their own guards and desks, real messages, simulated tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from cox_sites import TOKENIZER, exchange_of, stage_context, survival_plan, table_sites
+from fourdvq.config import to_plain
+from fourdvq.errors import Refused
+from fourdvq.survival import PaperRule, Policy, SelectionRun, Settings
+from fourdvq.survival.local import drive
+from fourdvq.survival.masking import encode, unmask_total
+from fourdvq.survival.messages import CoxMoments, CoxSums, MomentsRequest
+from fourdvq.wire.masked import masked_sums
+from fourdvq.wire.messages import COX_REPLIES, COX_TASKS, CoxKeysTask, CoxPeersTask, MaskedReply, RiskReply
+from fourdvq_server.local_grid import LocalGrid
+from fourdvq_server.stages import survival
+from site_cases import envelope_of
+from survival_data import cohorts
+
+SIZES = (70, 60, 55)
+RULE = to_plain(survival_plan().survival.rule) | {"max_p": 0.2, "min_c": 0.3}
+
+
+@pytest.fixture
+def three(tmp_path):
+    plan = survival_plan(folds=3, rule=dataclasses.replace(survival_plan().survival.rule, **RULE))
+    tables = cohorts(SIZES, codes=12, log_hr=0.5, seed=5)
+    return tmp_path, plan, table_sites(tmp_path / "sites", tables, plan)
+
+
+def federated(folder, sites, plan):
+    with LocalGrid(sites, one_at_a_time=True) as grid:
+        context = stage_context(folder / "coordinator", grid, sites, plan)
+        return survival.select(context, exchange_of(context)), context
+
+
+def in_one_process(sites, plan):
+    """The same analysis without network and masks."""
+    hello = survival.hello_of(_Named(plan), TOKENIZER, 1)
+    run = SelectionRun(hello, Settings.under(Policy()), rule=PaperRule(**RULE), permutations=plan.survival.permutations)
+    drive(run, [site.local_state() for site in sites.values()])
+    return run.result()
+
+
+class _Named:
+    """Just what `hello_of` looks at."""
+
+    def __init__(self, plan):
+        self.plan, self.store = plan, type("Store", (), {"name": "r"})
+
+
+def assert_same_table(ours, theirs, tolerance):
+    assert ours["status"].tolist() == theirs["status"].tolist()
+    for column in ("hr", "hr_low", "hr_high"):
+        difference = np.log(ours[column]) - np.log(theirs[column])
+        assert np.nanmax(np.abs(difference)) <= tolerance, column
+    np.testing.assert_array_equal(ours["c"], theirs["c"])
+
+
+def test_masked_sums_of_three_hospitals_give_the_unmasked_estimates(three):
+    folder, plan, sites = three
+    attempts, _ = federated(folder, sites, plan)
+    (attempt,) = attempts
+    reference = in_one_process(sites, plan)
+    assert attempt.masked
+    assert attempt.selection is not None
+    assert attempt.selection.selected == reference.selected != ()
+    assert_same_table(attempt.selection.table, reference.table, 1e-11)
+    for site in sites.values():
+        kinds = {kind for kind, _ in site.sent}
+        assert kinds >= {"query.cox_keys", "query.cox_peers", "query.cox_eval", "query.cox_cindex", "query.cox_corr"}
+        assert all(isinstance(r, MaskedReply) for kind, r in site.sent if kind in COX_REPLIES)
+
+
+def test_one_hospitals_masked_answer_is_noise_and_only_the_sum_of_all_three_is_the_total(three):
+    folder, plan, sites = three
+    federated(folder, sites, plan)
+    answers = [next(r for kind, r in site.sent if kind == "query.cox_eval") for site in sites.values()]
+    parts = [masked_sums(answer, CoxSums) for answer in answers]
+    for part in parts:
+        words = part.arrays["gradient"].ravel()
+        bits = np.unpackbits(words.view(np.uint8))
+        assert abs(bits.mean() - 0.5) < 5 * 0.5 / np.sqrt(bits.size)
+    total = unmask_total(parts)
+    assert np.abs(total.gradient).max() < 1e3
+    # Without the third answer the others stay noise: negative control of the same sum.
+    two = {name: parts[0].arrays[name] + parts[1].arrays[name] for name in parts[0].arrays}
+    assert np.abs(two["gradient"].view(np.int64) * 2.0**-40).max() > 1e3
+    moments = [next(r for kind, r in site.sent if kind == "query.cox_moments") for site in sites.values()]
+    state = next(iter(sites.values())).local_state()
+    state.answer(survival.hello_of(_Named(plan), TOKENIZER, 1))
+    own = encode(state.answer(MomentsRequest()), sites=3)
+    hidden = masked_sums(moments[0], CoxMoments).arrays
+    assert all((hidden[name] != own[name]).all() for name in own)
+
+
+def test_a_hospital_lost_in_the_middle_ends_the_analysis_and_the_next_one_has_fresh_masks(three):
+    folder, plan, sites = three
+    lost = list(sites)[1]
+    with LocalGrid(sites, one_at_a_time=True) as grid:
+        first = next(iter(sites.values()))
+
+        def cut():
+            if sum(kind == "query.cox_eval" for kind, _ in first.sent) == 2:
+                grid.offline.add(lost)
+
+        first.before["query.cox_eval"] = cut
+        context = stage_context(folder / "coordinator", grid, sites, plan)
+        attempts = survival.select(context, exchange_of(context))
+    assert [sorted(a.failed) for a in attempts] == [[lost], []]
+    assert attempts[1].sites == [name for name in sites if name != lost]
+    assert attempts[1].selection is not None
+    assert attempts[1].masked
+    keys = [bytes(r.public_key) for kind, r in first.sent if kind == "query.cox_keys"]
+    assert len(set(keys)) == 2
+    left = {name: site for name, site in sites.items() if name != lost}
+    assert_same_table(attempts[1].selection.table, in_one_process(left, plan).table, 1e-11)
+
+
+def test_a_shared_baseline_over_the_network_is_the_one_in_process_and_carries_a_warning(three):
+    folder, plan, sites = three
+    spec = dataclasses.replace(plan.survival, baseline="shared")
+    plan = dataclasses.replace(plan, survival=spec)
+    sites = table_sites(folder / "shared", [site.table for site in sites.values()], plan)
+    attempts, _ = federated(folder, sites, plan)
+    assert attempts[-1].failed == {}
+    facts = survival._facts(plan, attempts)
+    assert facts["warnings"][0] == survival.SHARED
+    assert_same_table(attempts[-1].selection.table, in_one_process(sites, plan).table, 1e-9)
+    alone = table_sites(folder / "one", [next(iter(sites.values())).table], plan)
+    attempts, _ = federated(folder / "alone", alone, plan)
+    sent = [r for kind, r in next(iter(alone.values())).sent if kind == "query.cox_eval"]
+    assert sent
+    assert all(isinstance(r, RiskReply) for r in sent)
+
+
+def test_a_shared_baseline_that_the_plan_does_not_have_is_refused(three):
+    _, plan, sites = three
+    site = next(iter(sites.values()))
+    hello = dataclasses.replace(survival.hello_of(_Named(plan), TOKENIZER, 1), baseline="shared")
+    task = COX_TASKS["query.cox_hello"](1, TOKENIZER, hello)
+    with pytest.raises(Refused, match="baseline"):
+        site.desk.answer(task, envelope_of(task, 1), plan, site.facts.policy().rules)
+
+
+class Coordinator:
+    """Asks one site's desk directly."""
+
+    def __init__(self, site, plan):
+        self.site, self.plan, self.number = site, plan, 0
+
+    def key(self, analysis=1):
+        task = CoxKeysTask(analysis, TOKENIZER)
+        return self.site.desk.keys(task, envelope_of(task)).reply.public_key
+
+    def peers(self, keys, analysis=1):
+        names = tuple(sorted(keys))
+        task = CoxPeersTask(analysis, TOKENIZER, names, np.stack([keys[name] for name in names]))
+        return self.site.desk.peers(task, envelope_of(task)).reply
+
+    def step(self, request, kind, analysis=1):
+        task = COX_TASKS[kind](analysis, TOKENIZER, request)
+        return self.site.desk.answer(task, envelope_of(task), self.plan, self.site.facts.policy().rules).reply
+
+
+def public_key():
+    return np.frombuffer(X25519PrivateKey.generate().public_key().public_bytes_raw(), dtype=np.uint8).copy()
+
+
+def test_a_hospital_refuses_a_list_of_keys_that_would_unmask_it(three):
+    _, plan, sites = three
+    name, site = next(iter(sites.items()))
+    coordinator = Coordinator(site, plan)
+    for keys in (
+        lambda own: {name: public_key(), "siteb": public_key()},  # not its own key
+        lambda own: {"siteb": public_key(), "sitec": public_key()},  # not in the list
+        lambda own: {name: own, "siteb": own},  # its own key twice
+        lambda own: {name: own, "siteb": np.zeros(32, dtype=np.uint8)},  # of low order: the secret is known
+        lambda own: {name: own},  # nobody else
+    ):
+        with pytest.raises(Refused) as caught:
+            coordinator.peers(keys(coordinator.key()))
+        assert caught.value.where == "masking"
+    with pytest.raises(Refused, match="order"):
+        coordinator.peers({name: public_key(), "siteb": public_key()}, analysis=2)
+
+
+def test_masks_serve_one_hello_and_a_repeated_request_gets_the_same_bytes(three):
+    _, plan, sites = three
+    name, site = next(iter(sites.items()))
+    coordinator, hello = Coordinator(site, plan), survival.hello_of(_Named(plan), TOKENIZER, 3)
+    coordinator.peers({name: coordinator.key(), "siteb": public_key(), "sitec": public_key()})
+    first = coordinator.step(hello, "query.cox_hello")
+    assert coordinator.step(hello, "query.cox_hello") is first
+    moments = coordinator.step(MomentsRequest(), "query.cox_moments")
+    assert coordinator.step(MomentsRequest(), "query.cox_moments") is moments
+    with pytest.raises(Refused) as caught:
+        coordinator.step(hello, "query.cox_hello")
+    assert caught.value.where == "masking"
+
+
+def test_hospitals_that_saw_other_keys_have_another_line_in_their_logs(three):
+    folder, plan, sites = three
+    federated(folder, sites, plan)
+    lines = {
+        json.loads(text)["payload_sha256"]
+        for site in sites.values()
+        for text in site.audit.path.read_text().splitlines()
+        if (line := json.loads(text))["kind"] == "query.cox_peers" and line["action"] == "release"
+    }
+    assert len(lines) == 1
+    name, site = next(iter(sites.items()))
+    coordinator = Coordinator(site, plan)
+    own = coordinator.key()
+    honest = coordinator.peers({name: own, "siteb": public_key()})
+    own = coordinator.key()
+    between = coordinator.peers({name: own, "siteb": public_key()})
+    assert honest.sha256 != between.sha256
