@@ -89,6 +89,8 @@ class _Nowhere:
 
     def log_metrics(self, stage: str, number: int, site: str, values: Any) -> None: ...
 
+    def artifact(self, path: Path, folder: str = "") -> None: ...
+
 
 def stage_context(folder: Path, grid: Grid, sites: dict[str, TableSite], plan: Plan) -> StageContext:
     """A coordinator at the survival stage, whose sites were admitted and approved the plan."""

@@ -53,6 +53,26 @@ def step_chart(
     return _svg(figure)
 
 
+def heat_map(labels: Sequence[str], values: Sequence[Sequence[float]], *, title: str) -> str:
+    """A square matrix of correlations from -1 (red) over 0 (white) to 1 (blue), each cell with its number."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    side = max(len(labels), 1)
+    figure, axes = _canvas(title, "", "", height=1.2 + 0.5 * side)
+    colours = LinearSegmentedColormap.from_list("correlation", [COLOURS[1], "#ffffff", COLOURS[0]])
+    axes.pcolormesh(values, cmap=colours, vmin=-1, vmax=1, edgecolors="white", linewidth=1)
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=8, color=INK)
+    places = [place + 0.5 for place in range(len(labels))]
+    axes.set_xticks(places, labels)
+    axes.set_yticks(places, labels)
+    axes.set_ylim(side, 0)
+    axes.set_aspect("equal")
+    axes.grid(visible=False)
+    return _svg(figure)
+
+
 def _canvas(title: str, x_label: str, y_label: str, height: float = 2.8) -> tuple[Any, Any]:
     # The object interface: pyplot would keep every figure alive and look for a display.
     from matplotlib.backends.backend_svg import FigureCanvasSVG

@@ -35,6 +35,7 @@ def facts_of(store: RunStore) -> dict[str, Any]:
         "groups": validated.get("groups", {}),
         "tables": validated.get("tables", {}),
         "failed": validated.get("failed", {}),
+        "biomarkers": results.get("survival") or {},
         "release": results.get("release") or {},
         "bytes_down": store.status.get("bytes_down", {}),
         "bytes_up": store.status.get("bytes_up", {}),
@@ -161,6 +162,16 @@ thead th { border-bottom: 1px solid #9aa5b1 } pre { overflow-x: auto; background
 {% for group, text in tables.items() %}<h3>{{ group }}</h3><pre>{{ text }}</pre>{% else %}<p>None yet.</p>{% endfor %}
 {% for site, codes in failed.items() %}<p>{{ site }}:
 {% for kind, code in codes.items() %}{{ kind }} {{ code }} {% endfor %}</p>{% endfor %}
+<h2>Biomarkers</h2>
+{% if biomarkers %}<p>{{ biomarkers.why or "all that were asked for" }}</p>
+{% for text in biomarkers.warnings %}<p class="note">{{ text }}</p>{% endfor %}
+<table><thead><tr><th>code</th><th>HR per SD</th><th>95 % interval</th><th>largest p</th><th>mean C</th><th></th></tr>
+</thead>{% for row in biomarkers.codes[:10] %}<tr><td>{{ row.code }}</td><td>{{ "%.2f" % row.hazard_ratio }}</td>
+<td>{{ "%.2f to %.2f" % (row.low, row.high) }}</td><td>{{ "%.2g" % row.worst_p }}</td>
+<td>{{ "%.3f" % row.concordance if row.concordance is not none else "-" }}</td>
+<td>{{ "selected" if row.selected }}</td></tr>{% endfor %}</table>
+<p class="note">Over the folds: geometric means, the largest p, the mean C within sites. Best ten by C; nothing here
+is a finding without the permutation P.</p>{% else %}<p>None yet.</p>{% endif %}
 <h2>Rounds</h2>
 {% for stage in ("vqgan", "ode") %}<h3>{{ stage }}</h3><table>
 {% for line in rounds if line.stage == stage %}<tr><td>round {{ line.round }}</td><td>

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from cox_sites import TOKENIZER, exchange_of, stage_context, survival_plan, table_sites
+from fourdvq import console
 from fourdvq.config import to_plain
 from fourdvq.errors import Refused
 from fourdvq.survival import PaperRule, Policy, SelectionRun, Settings
@@ -18,13 +21,14 @@ from fourdvq.survival.masking import encode, unmask_total
 from fourdvq.survival.messages import CoxMoments, CoxSums, MomentsRequest
 from fourdvq.wire.masked import masked_sums
 from fourdvq.wire.messages import COX_REPLIES, COX_TASKS, CoxKeysTask, CoxPeersTask, MaskedReply, RiskReply
+from fourdvq_server.cli import app as server_cli
 from fourdvq_server.local_grid import LocalGrid
 from fourdvq_server.stages import survival
 from site_cases import envelope_of
 from survival_data import cohorts
 
 SIZES = (70, 60, 55)
-RULE = to_plain(survival_plan().survival.rule) | {"max_p": 0.2, "min_c": 0.3}
+RULE = to_plain(survival_plan().survival.rule) | {"max_p": 0.7, "min_c": 0.2}
 
 
 @pytest.fixture
@@ -147,6 +151,34 @@ def test_a_shared_baseline_that_the_plan_does_not_have_is_refused(three):
     task = COX_TASKS["query.cox_hello"](1, TOKENIZER, hello)
     with pytest.raises(Refused, match="baseline"):
         site.desk.answer(task, envelope_of(task, 1), plan, site.facts.policy().rules)
+
+
+def test_biomarkers_shows_a_finished_selection_and_writes_its_table_and_figures(three, capsys):
+    folder, plan, sites = three
+    attempts, context = federated(folder, sites, plan)
+    facts = survival.report(context, attempts)
+    stage = context.store.stage("survival")
+    stage.finish(facts)
+    # The run's folder is <project>/runs/<run> for the command.
+    root = folder / "project"
+    (root / "runs").mkdir(parents=True)
+    context.store.folder.rename(root / "runs" / "r")
+    code = console.run(server_cli, ["biomarkers", "r", "--json", "--workdir", str(root)], "fourdvq-server")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert code == 0
+    assert found["selected"] == list(attempts[0].selection.selected)
+    assert [a["masked"] for a in found["analyses"]] == [True]
+    names = {Path(name).name for name in found["files"]}
+    assert names == {"selection.csv", "selection.json", "biomarkers.csv", "forest.svg", "correlations.svg"}
+    drawn = {name: (root / "runs" / "r" / "stages" / "survival" / name).read_text() for name in names}
+    assert f"code {found['selected'][0]} *" in drawn["forest.svg"]
+    assert drawn["correlations.svg"].count("1.00") >= len(found["selected"]) > 1
+    rows = list(csv.DictReader(drawn["biomarkers.csv"].splitlines()))
+    assert [int(row["code"]) for row in rows] == [row["code"] for row in found["codes"]]
+    assert console.run(server_cli, ["biomarkers", "r", "--workdir", str(root)], "fourdvq-server") == 0
+    text = capsys.readouterr().out
+    assert "permutation P   not computed" in text
+    assert "sitea, siteb, sitec: masked, finished" in text
 
 
 class Coordinator:

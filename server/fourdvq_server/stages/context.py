@@ -17,11 +17,13 @@ Progress = Callable[[str, int, int, str], None]  # stage, done, total, text
 
 
 class MetricsSink(Protocol):
-    """Where metrics go beside the run folder."""
+    """Where metrics and files go beside the run folder."""
 
     def site(self, site: str, role: str) -> None: ...
 
     def log_metrics(self, stage: str, number: int, site: str, values: Mapping[str, float]) -> None: ...
+
+    def artifact(self, path: Path, folder: str = "") -> None: ...
 
 
 @dataclass(frozen=True)

@@ -64,5 +64,9 @@ def make_card(store: RunStore, sites: Mapping[str, Mapping[str, Any]], weights_s
             name: {key: info[key] for key in ("role", "patients", "scans")} for name, info in sorted(sites.items())
         },
         "tables": scores.get("tables", {}),
-        "biomarkers": {key: biomarkers.get(key) for key in ("selected", "why", "codes", "withheld")},
+        "biomarkers": {
+            **{key: biomarkers.get(key) for key in ("selected", "why", "withheld")},
+            # A code without a comparable pair in any fold has no concordance to show.
+            "codes": [row for row in biomarkers.get("codes", ()) if row["concordance"] is not None],
+        },
     }

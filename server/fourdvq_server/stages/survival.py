@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fourdvq.config import to_plain
@@ -17,6 +18,7 @@ from fourdvq.survival.disclosure import Policy
 from fourdvq.survival.messages import HelloRequest
 from fourdvq.survival.run import Settings
 from fourdvq.survival.selection import PaperRule, Selection, SelectionRun
+from fourdvq_server.biomarker_files import write_biomarkers
 from fourdvq_server.stages.context import StageContext
 from fourdvq_server.stages.cox_exchange import Analysis, Exchange
 from fourdvq_server.stages.freeze import frozen_model
@@ -41,13 +43,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """The selection, or why there is none. Never fails a run: survival needs more patients than training does."""
     stage = context.store.stage(NAME)
     _, tokenizer = frozen_model(context)
-    attempts = select(context, Exchange(context, stage, tokenizer))
-    facts = _facts(context.plan, attempts)
-    _write(stage, attempts, facts)
-    if facts["codes"]:
-        context.record(NAME, 1, {"": {"selected": float(len(facts["selected"])), "withheld": float(facts["withheld"])}})
-    stage.forget_replies()
-    return facts
+    return report(context, select(context, Exchange(context, stage, tokenizer)))
 
 
 def select(context: StageContext, exchange: Exchange) -> list[Attempt]:
@@ -71,6 +67,18 @@ def select(context: StageContext, exchange: Exchange) -> list[Attempt]:
             break
         sites = [site for site in sites if site not in attempt.failed]
     return attempts
+
+
+def report(context: StageContext, attempts: list[Attempt]) -> dict[str, Any]:
+    """The stage's facts, with its files written and MLflow told."""
+    stage = context.store.stage(NAME)
+    facts = _facts(context.plan, attempts)
+    for path in _write(stage, attempts, facts):
+        context.metrics.artifact(path, NAME)
+    if facts["codes"]:
+        context.record(NAME, 1, {"": {"selected": float(len(facts["selected"])), "withheld": float(facts["withheld"])}})
+    stage.forget_replies()
+    return facts
 
 
 def hello_of(context: StageContext, tokenizer: str, sites: int) -> HelloRequest:
@@ -106,7 +114,7 @@ def _facts(plan: Plan, attempts: list[Attempt]) -> dict[str, Any]:
 
 
 def biomarker_rows(selection: Selection) -> list[dict[str, Any]]:
-    """One object per code that was fitted in every fold, best mean concordance first; ratios are per SD.
+    """One object per code that was fitted in every fold, selected ones first, then by mean concordance; per SD.
 
     The hazard ratio and its interval are geometric means over the folds, p is the largest of them.
     """
@@ -122,14 +130,17 @@ def biomarker_rows(selection: Selection) -> list[dict[str, Any]]:
                 "low": _geometric(part["hr_low"]),
                 "high": _geometric(part["hr_high"]),
                 "worst_p": float(part["p"].max()),
-                "concordance": float(part["c"].mean()),
-                "worst_concordance": float(part["c"].min()),
+                "concordance": _known(part["c"].mean()),
+                "worst_concordance": _known(part["c"].min()),
                 "selected": code in selection.selected,
             }
         )
-    return sorted(
-        rows, key=lambda row: (not row["selected"], -row["concordance"] if math.isfinite(row["concordance"]) else 1.0)
-    )
+    return sorted(rows, key=lambda row: (not row["selected"], -(row["concordance"] or -1.0)))
+
+
+def _known(value: float) -> float | None:
+    """The number, or None where there is none: no fold has a comparable pair."""
+    return float(value) if math.isfinite(value) else None
 
 
 def _geometric(values: Any) -> float:
@@ -147,7 +158,7 @@ def _why(plan: Plan, attempts: list[Attempt], rows: list[dict[str, Any]]) -> str
         return ""
     hazard = [r for r in rows if r["low"] > 0 and r["hazard_ratio"] > rule.min_hr]
     strict = [r for r in hazard if r["worst_p"] < rule.max_p]
-    ordered = [r for r in strict if r["worst_concordance"] > rule.min_c]
+    ordered = [r for r in strict if (r["worst_concordance"] or 0.0) > rule.min_c]
     return (
         f"{len(done.selected)} of {rule.top}: of {plan.model.n_codes} codes {len(done.withheld)} were withheld by the "
         f"sites' rules, {len(rows)} fitted in all {plan.survival.folds} folds, {len(hazard)} raise the hazard, "
@@ -156,11 +167,14 @@ def _why(plan: Plan, attempts: list[Attempt], rows: list[dict[str, Any]]) -> str
     )
 
 
-def _write(stage: StageStore, attempts: list[Attempt], facts: dict[str, Any]) -> None:
-    """selection.csv (a row per code and fold) and selection.json beside the stage's result."""
+def _write(stage: StageStore, attempts: list[Attempt], facts: dict[str, Any]) -> list[Path]:
+    """selection.csv (a row per code and fold), selection.json, and what `biomarker_files` makes of them."""
     stage.folder.mkdir(parents=True, exist_ok=True)
     done = attempts[-1].selection if attempts else None
+    files = []
     if done is not None:
         write_atomic(stage.folder / TABLE, done.table.to_csv(index=False).encode())
+        files.append(stage.folder / TABLE)
         facts = {**facts, **done.record()}
     write_json(stage.folder / RECORD, facts)
+    return [*files, stage.folder / RECORD, *write_biomarkers(stage.folder, facts)]
