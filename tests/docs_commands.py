@@ -106,7 +106,7 @@ SERVER: dict[str, Note] = {
     "export": Note("export fast-1 -o fast-1-export"),
     "biomarkers": Note("biomarkers fast-1 --top 20"),
     "release": Note("release fast-1"),
-    "ui": Note("ui --port 5001"),
+    "ui": Note("ui --port 5001", "1 another program has the port, or MLflow ended"),
     "check": Note("check", "that of the first FAIL; warnings alone are 0"),
     "explain": Note("explain E_QUORUM", "1 no such code; the nearest one is named"),
     "version": Note("version"),
