@@ -137,7 +137,7 @@ class FederationSpec:
 
 
 @dataclass(frozen=True)
-class RuleSpec:
+class PaperRule:
     """The paper's rule for a prognostic code. Source: paper section 3; strict < and >."""
 
     min_hr: float = 1.0
@@ -159,7 +159,7 @@ class SurvivalSpec:
     ties: Literal["efron", "breslow"] = "efron"
     region: Literal["lung", "all"] = "lung"
     covariates: tuple[str, ...] = ("age", "sex", "smoking")
-    rule: RuleSpec = field(default_factory=RuleSpec)
+    rule: PaperRule = field(default_factory=PaperRule)
     permutations: int = 0
     transplant: Literal["censor", "event"] = "censor"
     test_origin: Literal["landmark", "baseline"] = "landmark"

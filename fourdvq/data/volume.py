@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813  the name that everyone gives it
+import SimpleITK as sitk
 
 from fourdvq.data.files import write_with
 from fourdvq.data.nifti import check_nifti

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813  the name that everyone gives it
+import SimpleITK as sitk
 
 from fourdvq import __version__
 from fourdvq.config import to_plain

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813  the name that everyone gives it
+import SimpleITK as sitk
 from scipy import ndimage
 
 from fourdvq.data.volume import Volume, from_image, require_same_grid, to_image

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813  the name that everyone gives it
+import SimpleITK as sitk
 from scipy import ndimage
 
 from fourdvq.data.volume import HU_MAX, HU_MIN, Volume, to_image

@@ -18,6 +18,7 @@ import numpy as np
 from scipy.special import chdtrc
 
 from fourdvq.errors import SurvivalError
+from fourdvq.plan import PaperRule as PaperRule
 from fourdvq.survival.disclosure import Policy, RunRegister, as_policy, small_count
 from fourdvq.survival.fit import BASELINES, TIES
 from fourdvq.survival.local import drive
@@ -32,19 +33,6 @@ if TYPE_CHECKING:
 
 REPLICATES_AT_ONCE = 20  # bounds the size of one message
 Z95 = 1.959963984540054
-
-
-@dataclass(frozen=True)
-class PaperRule:
-    """Strict < and >. `bh_q`: also Benjamini-Hochberg at this level in every fold. Source: paper section 3."""
-
-    min_hr: float = 1.0
-    max_p: float = 0.01
-    min_c: float = 0.5
-    top: int = 5
-    p_value: Literal["wald", "lr"] = "wald"
-    c_model: Literal["full", "biomarker"] = "full"
-    bh_q: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from fourdvq_server.experiment import compose
 
 from fourdvq.errors import ConfigError
+from fourdvq_server.experiment import compose
 
 
 def plan(*overrides: str):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK as sitk
 
 from fourdvq.data.volume import Volume
 from fourdvq.preprocessing.profile import LimitsSpec

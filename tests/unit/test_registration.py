@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK as sitk
 
 from fourdvq.data.volume import Volume, to_image
 from fourdvq.errors import RegistrationError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK as sitk
 
 from fourdvq.data.volume import Volume, VolumeLimits, from_image, read_mask, read_volume, require_same_grid, write_nifti
 from fourdvq.data.volume import to_image as as_image

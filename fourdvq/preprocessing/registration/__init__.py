@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813  the name that everyone gives it
+import SimpleITK as sitk
 
 from fourdvq.data.volume import Volume
 from fourdvq.errors import RegistrationError

@@ -7,7 +7,7 @@ are looked at.
 from __future__ import annotations
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813  the name that everyone gives it
+import SimpleITK as sitk
 
 from fourdvq.preprocessing.grid import empty_image
 from fourdvq.preprocessing.profile import RegistrationSpec

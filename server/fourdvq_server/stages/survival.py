@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fourdvq.config import to_plain
 from fourdvq.data.files import write_atomic
 from fourdvq.plan import Plan, SurvivalSpec
 from fourdvq.survival.disclosure import Policy
 from fourdvq.survival.messages import HelloRequest
 from fourdvq.survival.run import Settings
-from fourdvq.survival.selection import PaperRule, Selection, SelectionRun
+from fourdvq.survival.selection import Selection, SelectionRun
 from fourdvq_server.biomarker_files import write_biomarkers
 from fourdvq_server.stages.context import StageContext
 from fourdvq_server.stages.cox_exchange import Analysis, Exchange
@@ -59,7 +58,7 @@ def select(context: StageContext, exchange: Exchange) -> list[Attempt]:
         analysis = SelectionRun(
             hello_of(context, exchange.tokenizer, len(sites)),
             Settings.under(Policy()),
-            rule=PaperRule(**to_plain(spec.rule)),
+            rule=spec.rule,
             permutations=spec.permutations,
         )
         if exchange.converse(attempt, analysis):
