@@ -39,6 +39,7 @@ class PreparationSummary:
     patients: int
     scans: int
     reused: int
+    blocking: int  # findings of the tables that left a patient or scan out before any pixel was read
     by_status: dict[str, int]
     by_code: dict[str, int]
     splits: dict[str, int]
@@ -50,8 +51,8 @@ class PreparationSummary:
 
     @property
     def some_refused(self) -> bool:
-        """Whether any scan was refused or failed."""
-        return any(self.by_status.get(status) for status in ("refused", "failed"))
+        """Whether any scan was refused or failed, or a finding left it out."""
+        return bool(self.blocking) or any(self.by_status.get(status) for status in ("refused", "failed"))
 
 
 def read_cohort(workspace: Workspace, config: SiteConfig) -> Cohort:
@@ -110,7 +111,7 @@ def prepare_site(
     write_clinical(workspace.prep, cohort.usable, names)
     splits = _split(workspace, cohort, names, results)
     write_manifest(workspace.prep, results)
-    return _summary(results, splits)
+    return _summary(results, splits, blocking(cohort.findings))
 
 
 def site_secret(workspace: Workspace) -> bytes:
@@ -198,7 +199,7 @@ def _write_names(workspace: Workspace, names: dict[str, str]) -> None:
     write_private(workspace.patients, _csv(("patient_id", "pseudonym"), sorted(known.items())))
 
 
-def _summary(results: Sequence[PatientResult], splits: dict[str, int]) -> PreparationSummary:
+def _summary(results: Sequence[PatientResult], splits: dict[str, int], blocked: int) -> PreparationSummary:
     scans = [(r.pseudonym, s) for r in results for s in r.scans]
     told = tuple(
         f"{pseudonym} scan {s.index}: {s.code} {s.detail}".rstrip()
@@ -209,6 +210,7 @@ def _summary(results: Sequence[PatientResult], splits: dict[str, int]) -> Prepar
         patients=len(results),
         scans=len(scans),
         reused=sum(s.reused for _, s in scans),
+        blocking=blocked,
         by_status=dict(Counter(s.status for _, s in scans)),
         by_code=dict(Counter(s.code for _, s in scans if s.code)),
         splits=splits,

@@ -70,7 +70,7 @@ def load_cohort(
     later dates a finding. Raises CohortError E_FILE, E_TABLE, E_COLUMN, E_FOLDER and E_EMPTY.
     """
     if not scans_folder.is_dir():
-        raise CohortError("E_FOLDER", where=str(scans_folder))
+        raise CohortError("E_FOLDER", where=str(scans_folder), found="a file" if scans_folder.exists() else "nothing")
     findings: list[Finding] = []
     table = read_source_table(clinical, required=CLINICAL_REQUIRED, optional=CLINICAL_OPTIONAL, columns=columns or {})
     if not table.columns & {"time_days", "last_contact_date"}:

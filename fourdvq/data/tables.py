@@ -34,7 +34,7 @@ def read_source_table(
     Raises CohortError E_FILE, E_TABLE (not text, no rows, or a row with too many fields) and E_COLUMN.
     """
     if not path.is_file():
-        raise CohortError("E_FILE", where=str(path))
+        raise CohortError("E_FILE", where=str(path), found="nothing")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:

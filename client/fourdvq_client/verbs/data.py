@@ -58,5 +58,7 @@ def preprocess(
     counts = ", ".join(f"{n} {status}" for status, n in sorted(summary.by_status.items()))
     lines = [f"{summary.scans} scans of {summary.patients} patients: {counts} ({summary.reused} unchanged)"]
     lines += [f"  {detail}" for detail in summary.details[:_SHOWN]]
+    if summary.blocking:
+        lines.append(f"{summary.blocking} faults of the tables left patients or scans out: {workspace.findings}")
     lines.append("next   fourdvq-client qc list, look at the pictures, then qc approve")
     return Result(summary.as_dict(), tuple(lines), EXIT_SOME_REFUSED if summary.some_refused else EXIT_OK)
