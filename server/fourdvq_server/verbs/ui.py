@@ -13,6 +13,7 @@ import typer
 
 from fourdvq.console import Result, note
 from fourdvq.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, ConfigError
+from fourdvq_server.loopback import bind
 from fourdvq_server.project import Project
 from fourdvq_server.verbs._project import here
 
@@ -35,6 +36,7 @@ def ui(
     address = f"http://127.0.0.1:{port}"
     if print_only:
         return Result({"command": shown, "address": address}, (shown,))
+    bind("127.0.0.1", port).close()  # E_PORT now, instead of another program's traceback in ten seconds
     note(f"{address} in some ten seconds; Ctrl-C ends it")
     try:
         code = subprocess.run(command, env={**os.environ, **LIGHT}, check=False).returncode
