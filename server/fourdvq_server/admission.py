@@ -44,10 +44,11 @@ def ask_approval(context: StageContext) -> None:
     context.refused.update(replies.failed)
     for site, received in replies.good.items():
         approved = isinstance(received.body, PlanAck) and received.body.approved
-        if not approved:
-            context.refused[site] = "PLAN_NOT_APPROVED"
-        elif context.sites[site].profile != plan.profile_sha256:
+        # The profile first: nobody can approve a plan whose profile their scans do not have.
+        if context.sites[site].profile != plan.profile_sha256:
             context.refused[site] = "PROFILE_MISMATCH"
+        elif not approved:
+            context.refused[site] = "PLAN_NOT_APPROVED"
         else:
             context.ready.add(site)
             context.refused.pop(site, None)
@@ -134,7 +135,7 @@ def _admit(context: StageContext, site: str, card: SiteCard) -> None:
     known = context.sites.get(site)
     # The counts that weigh a site's updates are those of its first admission: it cannot grow during a run.
     fixed = known or _fixed_before(context, site)
-    context.sites[site] = SiteInfo(
+    info = SiteInfo(
         role=card.role,
         ode=card.ode,
         patients=fixed.patients if fixed else card.patients,
@@ -144,10 +145,13 @@ def _admit(context: StageContext, site: str, card: SiteCard) -> None:
         device=card.device,
         profile=card.profile,
     )
+    context.sites[site] = info
     context.refused.pop(site, None)
-    context.notify(
-        f"{site}: {card.role}, {card.patients} patients, {card.scans} scans, {card.device}, version {card.version}"
-    )
+    # A site whose profile is waited for is asked again and again: only what is new is told.
+    if info != known:
+        context.notify(
+            f"{site}: {card.role}, {card.patients} patients, {card.scans} scans, {card.device}, version {card.version}"
+        )
 
 
 def _fixed_before(context: StageContext, site: str) -> SiteInfo | None:
