@@ -249,6 +249,9 @@ def write_results(folders: Folders, options: DemoOptions, run: str, client: Any)
     project = folders.coordinator
     paths["release"] = str(project.releases / run)
     paths["run"] = str(project.runs / run)
+    survival_folder = project.runs / run / "stages" / "survival"
+    made = [name for name in ("selection.csv", "selection.json") if (survival_folder / name).is_file()]
+    paths["biomarkers"] = str(survival_folder / made[0]) if made else ""
     paths["mlflow"] = str(project.mlflow_db)
     paths["open_mlflow"] = f"fourdvq-server ui --workdir {project.root}"
     return paths

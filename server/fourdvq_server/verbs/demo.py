@@ -45,8 +45,8 @@ def _lines(data: dict[str, Any]) -> list[str]:
     paths, trajectory = data["paths"], data["paths"]["trajectory"]
     rows = [(f"report of {site}", files["local"]) for site, files in paths["reports"].items()]
     rows += [("generated trajectory", trajectory["figure"]), ("  as NIfTI", trajectory["volumes"][-1])]
-    if "survival" in data["stages"]:
-        rows.append(("biomarker table", str(Path(paths["run"], "stages", "survival", "result.json"))))
+    if paths["biomarkers"]:
+        rows.append(("biomarker table", paths["biomarkers"]))
     rows += [("released model", paths["release"]), ("run folder", paths["run"]), ("MLflow store", paths["mlflow"])]
     rows += [("  open its page", paths["open_mlflow"])]
     lines.append(table(["result", "where"], rows))
