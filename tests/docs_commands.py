@@ -105,6 +105,7 @@ SERVER: dict[str, Note] = {
     "report": Note("report fast-1 -o report.html"),
     "export": Note("export fast-1 -o fast-1-export"),
     "biomarkers": Note("biomarkers fast-1 --top 20"),
+    "survival": Note("survival --table leuven.csv --table southampton.csv -o survival/"),
     "release": Note("release fast-1"),
     "ui": Note("ui --port 5001", "1 another program has the port, or MLflow ended"),
     "check": Note("check", "that of the first FAIL; warnings alone are 0"),

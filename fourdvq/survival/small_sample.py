@@ -94,17 +94,22 @@ def assess_model(
     """
     if not sites or not sum(int(site.e.sum()) for site in sites):
         raise SurvivalError("E_SURVIVAL_INPUT", where="column e", found="no death", wanted="at least one death")
+    policy = as_policy(disclosure)
     tables = [dataclasses.replace(s, X=s.X[:, :0], C=np.column_stack([s.X, s.C]), names=()) for s in sites]
     alone = len(tables) == 1
     folds = 2 if alone else max(2, min(5, min(len(s.t) for s in tables) // LEAST_LEFT_OUT))
     tables = [dataclasses.replace(s, train=_training(s, folds, key, alone=alone)) for s in tables]
     run = AssessmentRun(
         HelloRequest(folds=-1, purpose="assessment"),
-        Settings.under(as_policy(disclosure)),
+        Settings.under(policy),
         ridge=ridge,
         replicates=replicates,
     )
-    fitted = drive(run, [CoxSiteState(table, disclosure, key) for table in tables])
+    # Two fits of each model, with and without ridge, and each may take the rounds that the policy allows one.
+    rules: Policy | Literal["off"] = "off"
+    if policy is not None:
+        rules = dataclasses.replace(policy, max_evaluations=2 * policy.max_evaluations)
+    fitted = drive(run, [CoxSiteState(table, rules, key) for table in tables])
     cross = _leave_one_out(tables[0], fitted) if alone else fitted.folds_c
     return _report(fitted, cross, alone=alone, replicates=replicates)
 

@@ -39,12 +39,17 @@ def _forest(codes: list[dict[str, Any]]) -> str:
     from fourdvq.reports.charts import interval_chart
 
     rows = [
-        (f"code {r['code']}{' *' if r['selected'] else ''}", r["hazard_ratio"], r["low"], r["high"])
+        (f"{_label(r['code'])}{' *' if r['selected'] else ''}", r["hazard_ratio"], r["low"], r["high"])
         for r in codes[:SHOWN]
     ]
     return interval_chart(
         rows, title="Hazard ratio per SD, mean over folds (* selected)", x_label="hazard ratio", reference=1.0
     )
+
+
+def _label(code: int | str) -> str:
+    """Codes of a model have numbers, biomarkers of a table have names."""
+    return code if isinstance(code, str) else f"code {code}"
 
 
 def _correlations(record: Mapping[str, Any]) -> str:

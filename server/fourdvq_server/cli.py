@@ -20,7 +20,7 @@ from typing import NoReturn  # noqa: E402
 import typer  # noqa: E402
 
 from fourdvq import console  # noqa: E402
-from fourdvq_server.verbs import about, biomarkers, demo, experiments, init, members, results, runs, serve, ui  # noqa: E402
+from fourdvq_server.verbs import about, biomarkers, demo, experiments, init, members, results, runs, serve, survival, ui  # noqa: E402
 
 app = typer.Typer(
     help="The coordinator of a fourdvq federation.",
@@ -54,6 +54,7 @@ VERBS: dict[str, Callable[..., console.Result]] = {
     "report": results.report,
     "export": results.export,
     "biomarkers": biomarkers.biomarkers,
+    "survival": survival.survival,
     "release": results.release,
     "ui": ui.ui,
     "check": about.check,
