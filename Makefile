@@ -9,7 +9,7 @@ export FLWR_DISABLE_UPDATE_CHECK = 1
 export MLFLOW_DISABLE_TELEMETRY = true
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-all lint types report clean
+.PHONY: help setup demo check test test-all lint types docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -40,6 +40,9 @@ lint: setup  ## ruff
 
 types: setup  ## mypy
 	@$(BIN)/mypy
+
+docs: setup  ## make the reference pages from the code
+	@$(BIN)/python tests/docs_pages.py
 
 clean:  ## remove build products and caches
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

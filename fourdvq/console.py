@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fourdvq.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, FourdvqError, explain
+from fourdvq.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, ConfigError, FourdvqError, explain
 
 GLOBAL_HELP = "Everywhere: --json (one JSON object last on stdout), -q/--quiet, -v/--verbose, --workdir DIR, --no-color"
 
@@ -132,14 +132,14 @@ def format_error(error: FourdvqError) -> str:
 
 
 def format_explanation(code: str) -> str:
-    """The long text of a code, for `explain`. Raises FourdvqError E_USAGE with the nearest code if it is unknown."""
+    """The long text of a code, for `explain`. Raises ConfigError E_USAGE with the nearest code if it is unknown."""
     import difflib
 
     from fourdvq.error_codes import CODES
 
     if code not in CODES:
         close = difflib.get_close_matches(code.upper(), list(CODES), n=1)
-        raise FourdvqError(
+        raise ConfigError(
             "E_USAGE", where="explain", found=code, wanted="a code", fix=f"did you mean {close[0]}?" if close else ""
         )
     text = explain(code)

@@ -209,5 +209,5 @@ def _write_volume(path: Path, volume: Tensor, window_hu: tuple[float, float], pl
     low, high = window_hu
     hu = np.rint(volume.numpy() * (high - low) + low).astype(np.int16)
     spacing, origin, direction = (tuple(float(v) for v in place[name]) for name in ("spacing", "origin", "direction"))
-    write_nifti(Volume(hu, spacing, origin, direction), path)  # type: ignore[arg-type]
+    write_nifti(Volume(hu, spacing, origin, direction), path, description=LABEL)  # type: ignore[arg-type]
     return path

@@ -110,9 +110,11 @@ def from_image(image: sitk.Image) -> Volume:
     return Volume(sitk.GetArrayFromImage(image), (z, y, x), (ox, oy, oz), tuple(image.GetDirection()))
 
 
-def write_nifti(volume: Volume, path: Path) -> None:
-    """Write NIfTI (.nii or .nii.gz by the name) atomically; the header's free text fields are blank."""
+def write_nifti(volume: Volume, path: Path, *, description: str = "") -> None:
+    """Write NIfTI (.nii or .nii.gz by the name) atomically; the header's free text is `description`, else blank."""
     image = to_image(volume)
+    if description:
+        image.SetMetaData("ITK_FileNotes", description)  # becomes the header's descrip: 79 characters
     write_with(path, lambda temporary: sitk.WriteImage(image, str(temporary), useCompression=path.suffix == ".gz"))
 
 

@@ -133,7 +133,7 @@ def approve(root: Path, settings: ServerSettings, request: SiteRequest, now: dat
             if name != request.site and member.fingerprint == fingerprint:
                 raise Refused("E_EXISTS", where=name, found="the same key", wanted="a key of its own for each site")
             if fingerprint in member.shut_out:
-                fix = "fourdvq-client rotate-key at the site"
+                fix = "a new site folder, made with `fourdvq-client init INVITATION`, has a new key"
                 raise Refused("E_EXISTS", where=name, found="a key that was shut out", wanted="a new key", fix=fix)
         approved = replace(
             known,

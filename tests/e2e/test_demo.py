@@ -118,6 +118,7 @@ def test_generated_scan_is_a_labelled_ct_on_the_grid_of_the_model(demo):
     made = result["paths"]["trajectory"]
     assert "SYNTHETIC" in made["label"]
     image = sitk.ReadImage(made["volumes"][-1])
+    assert "SYNTHETIC" in image.GetMetaData("descrip")
     hu = sitk.GetArrayFromImage(image)
     size = json.loads((out / "coordinator" / "releases" / result["run"] / "plan.json").read_text())["model"]["size"]
     assert list(hu.shape) == size

@@ -66,7 +66,7 @@ def shared_update(
 def shares_of(context: StageContext, used: Mapping[str, int], registered: Mapping[str, int]) -> dict[str, float]:
     """Each site's share of the mean, capped as the plan says."""
     spec = context.plan.federation
-    # A site's card rounds its counts down to the policy's cell: never below what is needed to count at all.
+    # A site's card rounds its counts up to the policy's cell, so what was used in a round is never above them.
     known = {site: max(1, registered[site]) for site in used}
     return site_shares(used, known, cap_two=spec.weight_cap_two, cap_many=spec.weight_cap_many, capped=spec.weight_cap)
 
