@@ -107,13 +107,16 @@ def run(app: Any, argv: Sequence[str], program: str) -> int:
         found = error.format_message()
         return _fail(FourdvqError("E_USAGE", where=program, found=found, fix=f"{program} --help"), EXIT_USAGE)
     except (KeyboardInterrupt, click.Abort):
-        return _fail(FourdvqError("E_INTERRUPTED", where=program), EXIT_INTERRUPTED)
+        outcome = EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing is wrong, and there is nobody left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except Exception as error:
         return _fail(FourdvqError("E_INTERNAL", where=program, found=f"{type(error).__name__}: {error}"), EXIT_FAILED)
+    # Typer turns Ctrl-C into a silent exit code of its own; a person still wants to know what to do next.
+    if outcome == EXIT_INTERRUPTED:
+        return _fail(FourdvqError("E_INTERRUPTED", where=program), EXIT_INTERRUPTED)
     return _finish(outcome)
 
 
