@@ -17,10 +17,11 @@ from fourdvq.config import build
 from fourdvq.plan import Plan
 from fourdvq.survival import CoxSite, CoxSiteState, Policy
 from fourdvq.survival.messages import HelloRequest
-from fourdvq.wire.messages import CoxKeysTask, CoxPeersTask, Reply
+from fourdvq.wire.messages import CoxFutureTask, CoxKeysTask, CoxPeersTask, Receipt, Reply
 from fourdvq_client.accepted import AcceptedRounds
 from fourdvq_client.audit import AuditLog
 from fourdvq_client.cox_desk import CoxDesk
+from fourdvq_client.egress import Outcome
 from fourdvq_client.guard import NO_ENVELOPE, Guard
 from fourdvq_client.workspace import Workspace
 from fourdvq_server.rounds import Federation
@@ -51,11 +52,12 @@ class TableSite:
         self.audit = AuditLog(folder / "audit.jsonl", "key")
         self.guard = Guard(table.name, self.facts, self.audit, AcceptedRounds(folder / "state"))
         self.desk = CoxDesk(workspace, table.name, self.table_for)
+        self.third: dict[str, CoxSite] = {}  # tables of the third scans by source
         self.sent: list[tuple[str, Reply]] = []
         self.before: dict[str, Callable[[], None]] = {}
 
     def table_for(self, hello: HelloRequest, tokenizer: str, plan: Plan) -> CoxSite:
-        return self.table
+        return self.third[hello.source] if hello.purpose == "longitudinal" else self.table
 
     def __call__(self, message: Message, context: Context) -> Message:
         kind, envelope = message.metadata.message_type, NO_ENVELOPE
@@ -66,6 +68,8 @@ class TableSite:
                 outcome = self.desk.keys(task, envelope)
             elif isinstance(task, CoxPeersTask):
                 outcome = self.desk.peers(task, envelope)
+            elif isinstance(task, CoxFutureTask):
+                outcome = Outcome(Receipt(sha256=task.tokenizer_sha256))
             else:
                 outcome = self.desk.answer(task, envelope, self.plan, self.facts.policy().rules)  # type: ignore[arg-type]
             self.sent.append((kind, outcome.reply))

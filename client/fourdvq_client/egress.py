@@ -24,6 +24,7 @@ from fourdvq.wire.messages import (
     COX_REPLIES,
     CodebookInitTask,
     CodebookSums,
+    CoxFutureTask,
     CoxKey,
     CoxPeersTask,
     EncodeTask,
@@ -197,7 +198,7 @@ def _receipt(outcome: Outcome, context: Context) -> Cleared:
     reply, task = _pair(outcome, context, Receipt)
     if isinstance(task, CoxPeersTask) and reply.sha256 != peers_sha256(task.sites, task.public_keys):
         raise _refuse("receipt", "a sha256 that is not the list's")
-    known = {EncodeTask: "tokenizer_sha256"}.get(type(task))
+    known = {EncodeTask: "tokenizer_sha256", CoxFutureTask: "tokenizer_sha256"}.get(type(task))
     if known is not None and reply.sha256 != getattr(task, known):
         raise _refuse("receipt", "a sha256 that is not the task's")
     if isinstance(task, ReleaseTask) and reply.sha256 != payload_sha256(task.weights):

@@ -22,6 +22,7 @@ from fourdvq.tensors import Weights, first_nonfinite, form_difference, payload_s
 from fourdvq.training.update import global_norm
 from fourdvq.wire.messages import (
     CodebookInitTask,
+    CoxFutureTask,
     EncodeTask,
     OdeTask,
     PlanTask,
@@ -42,6 +43,7 @@ STAGES: dict[type[Task], str] = {
     ReconstructionTask: "vqgan",
     OdeTask: "ode",
     TrajectoryTask: "ode",
+    CoxFutureTask: "ode",
 }
 RELEASE_PARTS = ("vqgan.", "codebook.", "ode.")
 

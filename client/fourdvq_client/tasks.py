@@ -17,6 +17,7 @@ from fourdvq.plan import Plan
 from fourdvq.wire.messages import (
     COX_TASKS,
     CodebookInitTask,
+    CoxFutureTask,
     CoxKeysTask,
     CoxPeersTask,
     CoxTask,
@@ -141,6 +142,7 @@ HANDLERS: dict[type[Task], Handler] = {
     TrajectoryTask: lambda task, envelope, site: site.worker.evaluate_trajectory(_job(task, envelope, site)),
     ReportTask: report,
     ReleaseTask: release,
+    CoxFutureTask: lambda task, envelope, site: site.worker.future_codes(_job(task, envelope, site)),
     CoxKeysTask: lambda task, envelope, site: site.cox.keys(task, envelope),
     CoxPeersTask: lambda task, envelope, site: site.cox.peers(task, envelope),
     **dict.fromkeys(COX_TASKS.values(), survival),

@@ -51,15 +51,17 @@ class Worker(Protocol):
 
     def evaluate_trajectory(self, job: Job) -> Outcome: ...
 
+    def future_codes(self, job: Job) -> Outcome: ...
+
     def close(self) -> None: ...
 
 
 def make_worker(kind: str, workspace: Workspace, device: str) -> Worker:
     """`inline` or `process`."""
     if kind == "inline":
-        from fourdvq_client.bench import Bench
+        from fourdvq_client.future_codes import FutureBench
 
-        return Bench(workspace, device)
+        return FutureBench(workspace, device)
     return ProcessWorker(workspace.root, device)
 
 
@@ -89,6 +91,9 @@ class ProcessWorker:
 
     def evaluate_trajectory(self, job: Job) -> Outcome:
         return self._do("evaluate_trajectory", job)
+
+    def future_codes(self, job: Job) -> Outcome:
+        return self._do("future_codes", job)
 
     @property
     def pid(self) -> int | None:
@@ -148,12 +153,12 @@ class ProcessWorker:
 
 
 def _serve(pipe: Connection, root: str, device: str) -> None:
-    from fourdvq_client.bench import Bench
+    from fourdvq_client.future_codes import FutureBench
     from fourdvq_client.site_log import start_log
 
     workspace = Workspace(Path(root))
     log = start_log(workspace)
-    bench = Bench(workspace, device)
+    bench = FutureBench(workspace, device)
     # A closed pipe is how a client that died says goodbye.
     with contextlib.suppress(EOFError):
         while (request := pipe.recv()) is not None:

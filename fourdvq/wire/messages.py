@@ -330,6 +330,15 @@ class CoxPeersTask(Task):
 
 
 @dataclass(frozen=True)
+class CoxFutureTask(Task):
+    """Generate the third scan of the test patients from their first two, and keep its code shares for the analysis."""
+
+    kind: ClassVar[str] = "query.cox_future"
+    tokenizer_sha256: Sha256
+    weights: Tensors  # of the latent ODE
+
+
+@dataclass(frozen=True)
 class MaskedReply(Reply):
     """The sums of one step under masks. `hidden`: int64 modulo 2^64, by array name of the sums; they tell something
     only when the answers of all `parties` sites to the same step (`counter`) are added."""
@@ -398,7 +407,7 @@ _OTHER_TASKS: tuple[type[Task], ...] = (
     ReportTask,
     ReleaseTask,
 )
-_COX_TASKS: tuple[type[Task], ...] = (CoxKeysTask, CoxPeersTask, *COX_TASKS.values())
+_COX_TASKS: tuple[type[Task], ...] = (CoxKeysTask, CoxPeersTask, CoxFutureTask, *COX_TASKS.values())
 TASKS: dict[str, type[Task]] = {cls.kind: cls for cls in (*_OTHER_TASKS, *_COX_TASKS)}
 REPLIES: dict[str, type[Reply]] = {
     "query.hello": SiteCard,
@@ -413,6 +422,7 @@ REPLIES: dict[str, type[Reply]] = {
     "query.release": Receipt,
     "query.cox_keys": CoxKey,
     "query.cox_peers": Receipt,
+    "query.cox_future": Receipt,
     **COX_REPLIES,
 }
 # Other answers that a message type may have; which one follows from the analysis, and no two have the same fields.

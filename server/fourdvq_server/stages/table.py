@@ -13,6 +13,7 @@ from fourdvq_server.stages import (
     encode,
     freeze,
     hello,
+    longitudinal,
     ode,
     release,
     survival,
@@ -41,6 +42,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(ode.NAME, ode.run),
     Stage(survival.NAME, survival.run),
     Stage(validate.NAME, validate.run),
+    Stage(longitudinal.NAME, longitudinal.run),
     Stage(release.NAME, release.run),
 )
 

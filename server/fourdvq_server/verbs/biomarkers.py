@@ -29,8 +29,10 @@ def biomarkers(
     files = [stage.folder / RECORD, *write_biomarkers(stage.folder, record)]
     if (stage.folder / TABLE).is_file():
         files.insert(0, stage.folder / TABLE)
-    data = {"run": store.name, **record, "files": [str(path) for path in files]}
-    return Result(data, tuple([*biomarker_lines(record, top), "", *map(str, files)]))
+    third = store.stage("longitudinal").result or {}
+    data = {"run": store.name, **record, "longitudinal": third, "files": [str(path) for path in files]}
+    lines = [*biomarker_lines(record, top), *longitudinal_lines(third)]
+    return Result(data, tuple([*lines, "", *map(str, files)]))
 
 
 def biomarker_lines(record: dict[str, Any], top: int) -> list[str]:
@@ -60,4 +62,24 @@ def biomarker_lines(record: dict[str, Any], top: int) -> list[str]:
     if rows:
         heads = ("code", "HR per SD", "95 % interval", "largest p", "mean C", "smallest C", "")
         lines += ["", table(heads, rows)]
+    return lines
+
+
+def longitudinal_lines(facts: dict[str, Any]) -> list[str]:
+    """C of the frozen model on test patients, by what stands for their third scan, or why there is none."""
+    if not facts:
+        return []
+    banner = facts.get("model", {}).get("banner", "")
+    lines = [
+        "",
+        "third scans of test patients",
+        *([banner] if banner else []),
+        *([facts["why"]] if facts["why"] else []),
+    ]
+    if facts["concordance"]:
+        rows = [(source, "-" if c is None else f"{c:.3f}") for source, c in facts["concordance"].items()]
+        lines += [table(("third scan", "C of the frozen model"), rows), facts["note"]]
+    for part in facts.get("ended", ()):
+        ended = ", ".join(f"{site} {code}" for site, code in part["ended_by"].items())
+        lines.append(f"{part['purpose']}: {ended}")
     return lines
