@@ -54,7 +54,12 @@ class SiteKey:
 def create_site_key(path: Path) -> SiteKey:
     """Make a key pair: `path` (mode 0600) and `path` with suffix .pub. Refused E_EXISTS rather than replace a key."""
     if path.exists():
-        raise Refused("E_EXISTS", where=str(path), found="a key", fix="use it, or make another site folder with `fourdvq-client init`")
+        raise Refused(
+            "E_EXISTS",
+            where=str(path),
+            found="a key",
+            fix="use it, or make another site folder with `fourdvq-client init`",
+        )
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     key = ec.generate_private_key(ec.SECP384R1())
     data = key.private_bytes(
