@@ -37,12 +37,6 @@ class ModelSpec:
         if any(s % self.compression for s in self.size):
             raise ValueError(f"size {self.size} is not divisible by compression {self.compression}")
 
-    @property
-    def latent_size(self) -> tuple[int, int, int]:
-        """Shape (d, h, w) of the code grid."""
-        d, h, w = (s // self.compression for s in self.size)
-        return d, h, w
-
 
 @dataclass(frozen=True)
 class GanSpec:

@@ -166,15 +166,6 @@ def showcase(root: Path) -> dict[str, Any]:
     return dict(site_generation.showcase(workspace, config).as_dict())
 
 
-def pull_local(root: Path, bundle: Path) -> str:
-    """Import a released bundle from a folder; returns its version."""
-    from fourdvq_client.released import import_release
-    from fourdvq_client.workspace import open_workspace
-
-    workspace, _ = open_workspace(root)
-    return str(import_release(workspace, bundle).card["version"])
-
-
 def merge_prepared(out_root: Path, roots: Sequence[Path], site: str) -> None:
     """One site folder with the prepared scans of several: what pooled training is compared on."""
     from fourdvq_client.pooling import merge_sites

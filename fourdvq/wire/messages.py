@@ -437,16 +437,6 @@ def reply_types(kind: str) -> tuple[type[Reply], ...]:
     return (REPLIES[kind], *OTHER_REPLIES.get(kind, ()))
 
 
-def payload_fields(message: Any) -> dict[str, Any]:
-    """Field name to value of a message body or envelope, in declared order."""
-    return {f.name: getattr(message, f.name) for f in dataclasses.fields(message)}
-
-
-def with_fields(message: Any, **changes: Any) -> Any:
-    """A copy of a frozen message with some fields changed."""
-    return dataclasses.replace(message, **changes)
-
-
 def _mean_tensors(a: Tensors, wa: float, b: Tensors, wb: float) -> dict[str, torch.Tensor]:
     total = wa + wb
     return {k: ((a[k].double() * wa + b[k].double() * wb) / total).to(torch.float32) for k in a}

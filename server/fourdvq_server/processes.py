@@ -106,10 +106,6 @@ class Clients:
         for name, root in roots.items():
             self._processes[name] = _start_client(root, address)
 
-    @property
-    def pids(self) -> dict[str, int]:
-        return {name: process.pid for name, process in self._processes.items()}
-
     def failed(self) -> dict[str, int]:
         """Clients that ended by themselves with an error, and their exit codes."""
         codes = {name: process.poll() for name, process in self._processes.items()}

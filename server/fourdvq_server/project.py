@@ -19,10 +19,6 @@ class Project:
         return self.root / "server.yaml"
 
     @property
-    def sites_json(self) -> Path:
-        return self.root / "sites.json"
-
-    @property
     def runs(self) -> Path:
         return self.root / "runs"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,7 +37,6 @@ from fourdvq.wire.messages import (
     VqganTask,
     VqganUpdate,
     reply_types,
-    with_fields,
 )
 
 HEX = "ab" * 32
@@ -71,7 +71,7 @@ def as_dict(s: EvalSummary) -> dict:
 @given(st.integers(0, 2**32 - 1), st.integers(1, 1000), st.sampled_from(["float32", "bfloat16", "float16"]))
 def test_a_message_comes_back_as_it_was_sent(seed, scans, dtype):
     sent = update(seed, scans)
-    sent = with_fields(sent, delta={k: v.to(getattr(torch, dtype)) for k, v in sent.delta.items()})
+    sent = replace(sent, delta={k: v.to(getattr(torch, dtype)) for k, v in sent.delta.items()})
     envelope, got = unpack(pack(REPLY, sent), ReplyEnvelope, VqganUpdate)
     assert envelope == REPLY
     assert body_sha256(got) == body_sha256(sent)
@@ -81,8 +81,8 @@ def test_a_message_comes_back_as_it_was_sent(seed, scans, dtype):
 
 
 def test_bfloat16_halves_the_bytes_on_the_wire():
-    whole = with_fields(update(0, 1), delta={"w": torch.zeros(1000)})
-    half = with_fields(whole, delta={"w": torch.zeros(1000, dtype=torch.bfloat16)})
+    whole = replace(update(0, 1), delta={"w": torch.zeros(1000)})
+    half = replace(whole, delta={"w": torch.zeros(1000, dtype=torch.bfloat16)})
     assert body_bytes(whole) - body_bytes(half) == 2000
     assert wire_bytes(pack(REPLY, whole)) - wire_bytes(pack(REPLY, half)) == pytest.approx(2000, abs=16)
 
@@ -176,12 +176,12 @@ def test_what_is_not_declared_is_refused(case):
 OUTGOING = {
     "a path in a refusal": lambda: Refusal("/data/LEU-004217"),
     "lower case in a refusal": lambda: Refusal("no such file"),
-    "an object array": lambda: with_fields(update(0, 1), code_counts=np.array([object()])),
+    "an object array": lambda: replace(update(0, 1), code_counts=np.array([object()])),
     "a numpy float for a count": lambda: Receipt(HEX, scans=np.float64(3)),
-    "not a number": lambda: with_fields(update(0, 1), losses={"rec": float("nan")}),
+    "not a number": lambda: replace(update(0, 1), losses={"rec": float("nan")}),
     "a foreign word": lambda: SiteCard("trainer", "1", HEX, HEX, "cpu", True, 1, 1, 1),
     "text that is not JSON": lambda: PlanTask("plan", "{}"),
-    "a tensor named like a path": lambda: with_fields(update(0, 1), delta={"../x": torch.zeros(1)}),
+    "a tensor named like a path": lambda: replace(update(0, 1), delta={"../x": torch.zeros(1)}),
 }
 
 
@@ -217,7 +217,7 @@ def test_equal_weights_for_two_sites_are_one_object():
     weights = {"w": torch.arange(6.0)}
     a = pack(TASK, VqganTask(4, 0, False, weights, np.zeros((8, 4), np.float32), np.zeros(8), np.zeros((8, 4))))
     b = pack(
-        with_fields(TASK, task_id="1" * 32),
+        replace(TASK, task_id="1" * 32),
         VqganTask(4, 0, False, weights, np.zeros((8, 4), np.float32), np.zeros(8), np.zeros((8, 4))),
     )
     assert isinstance(a["tensors"], ArrayRecord)
@@ -249,10 +249,10 @@ def test_masked_sums_come_back_as_what_they_are_and_as_nothing_else(kind):
     assert all(np.array_equal(back.arrays[name], array) for name, array in masked.arrays.items())
     for broken in ({}, {**reply.hidden, "extra": torch.zeros(1, dtype=torch.int64)}):
         with pytest.raises(WireError):
-            masked_sums(with_fields(reply, hidden=broken), type(sums))
+            masked_sums(replace(reply, hidden=broken), type(sums))
     floats = {name: tensor.double() for name, tensor in reply.hidden.items()}
     with pytest.raises(WireError):
-        masked_sums(with_fields(reply, hidden=floats), type(sums))
+        masked_sums(replace(reply, hidden=floats), type(sums))
 
 
 def test_no_two_answers_to_one_question_have_the_same_fields():
