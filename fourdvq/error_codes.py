@@ -115,7 +115,7 @@ WIRE_CODES: dict[str, Explanation] = {
         "a disclosure rule of the survival analysis said no",
         "sums over few patients reveal them",
         "the cox rules of policy.yaml",
-        "look at audit.jsonl at the site for the rule",
+        "`fourdvq-client audit show` at the site names the rule; one_run: `fourdvq-client survival allow-rerun`",
     ),
     "DP_BUDGET": _E(
         "the privacy budget is spent",
@@ -276,7 +276,7 @@ CODES: dict[str, Explanation] = {
     "E_CONTROLS": _E("a table without its control rows", "a model's figures mean nothing without the copy of the last scan and the ceiling beside them", "all control rows of the evaluation", "score the trajectories with `score_trajectories`, which returns them together"),
     # survival
     "E_SURVIVAL_INPUT": _E("the survival table cannot be used", "a column breaks a rule", "finite times of 0 or more, events 0 or 1, complete covariates", "correct the named column", "DATA_INVALID"),
-    "E_COX_RULE": _E("a disclosure rule said no", "sums over few patients reveal them", "the cox rules of policy.yaml", "see audit.jsonl for the rule", "COX_REFUSED"),
+    "E_COX_RULE": _E("a disclosure rule said no", "sums over few patients reveal them", "the cox rules of policy.yaml", "`fourdvq-client audit show` names the rule; one_run: `fourdvq-client survival allow-rerun`", "COX_REFUSED"),
     # review and warnings
     "V_ONELUNG": _E("one lung, or a ratio out of range", "a small lung, or a failed segmentation", "left/right ratio 0.5 to 1.6", "look at the picture and decide", "DATA_INVALID"),
     "V_EXPIR": _E("probably expiratory", "15 % less volume than the patient's other scans", "inspiratory scans", "look at the picture and decide", "DATA_INVALID"),

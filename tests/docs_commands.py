@@ -75,6 +75,8 @@ CLIENT: dict[str, Note] = {
     "audit show": Note("audit show --last 0 --run fast-1"),
     "audit verify": Note("audit verify", "1 the chain is broken; the first bad line is named"),
     "audit what-left": Note("audit what-left"),
+    "survival runs": Note("survival runs"),
+    "survival allow-rerun": Note("survival allow-rerun --reason 'the first run was stopped' --by 'A. Person'"),
 }
 
 _RUNS = "4 the SuperLink does not answer; 75 too few sites, a stop, or another process: `resume` goes on"

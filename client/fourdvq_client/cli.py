@@ -35,6 +35,7 @@ from fourdvq_client.verbs import (  # noqa: E402
     policy,
     qc,
     reports,
+    survival,
 )
 
 app = typer.Typer(
@@ -67,7 +68,7 @@ VERBS: dict[str, Callable[..., console.Result]] = {
     "explain": about.explain,
     "version": about.version,
 }
-GROUPS = {"qc": qc.app, "policy": policy.app, "audit": audit.app}
+GROUPS = {"qc": qc.app, "policy": policy.app, "audit": audit.app, "survival": survival.app}
 
 for _verb, _function in VERBS.items():
     app.command(_verb, epilog=console.GLOBAL_HELP)(_function)

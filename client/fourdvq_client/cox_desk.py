@@ -1,8 +1,8 @@
 """The site's side of survival analyses: one state per analysis, its masks, and a register on disk.
 
 The mathematics and the disclosure rules are `fourdvq.survival.CoxSiteState`; this module gives it the site's table and
-keeps, in state/cox_register.json, which analyses of which cohort were begun, because a second one with another fold key
-would expose patients by difference. Before an analysis of several sites they exchange public keys through the
+has `CoxRegister` keep which analyses of which cohort were begun, because a second one with another fold key would
+expose patients by difference. Before an analysis of several sites they exchange public keys through the
 coordinator (`cox_keys`, `cox_peers`); private keys stay in memory and serve one analysis.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,12 +20,11 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from fourdvq.config import build
 from fourdvq.errors import Refused, WireError
 from fourdvq.plan import Plan
-from fourdvq.survival.disclosure import Policy, RunRegister
+from fourdvq.survival.disclosure import Policy
 from fourdvq.survival.masking import MaskedSums, Masker
 from fourdvq.survival.messages import HelloRequest, RiskSums
 from fourdvq.survival.state import CoxSiteState
 from fourdvq.survival.table import CoxSite
-from fourdvq.training.checkpoint import write_atomic
 from fourdvq.wire.body import body_sha256
 from fourdvq.wire.masked import masked_reply, peers_sha256
 from fourdvq.wire.messages import (
@@ -40,6 +38,7 @@ from fourdvq.wire.messages import (
     RiskReply,
     TaskEnvelope,
 )
+from fourdvq_client.cox_register import CoxRegister
 from fourdvq_client.egress import Outcome
 from fourdvq_client.policy import SitePolicy
 from fourdvq_client.workspace import Workspace
@@ -101,10 +100,9 @@ class CoxDesk:
         if task.tokenizer_sha256 != self._open.state.codebook_sha256:
             raise Refused("E_COX_RULE", where="codebook")
         state = self._open.state
-        claims = len(state.register.claims)
         sums = state.send(task.request)
-        if len(state.register.claims) != claims:
-            self._write_register(state.register)
+        if isinstance(task.request, HelloRequest):
+            self._register.keep(state.register, plan=plan.hash)
         outcome = Outcome(_reply(task, sums), self._open.patients)
         self._open.last = (asked, outcome)
         return outcome
@@ -118,7 +116,7 @@ class CoxDesk:
             table,
             build(Policy, policy.cox, where="policy.yaml.cox"),
             hmac.new(secret, b"cox folds", hashlib.sha256).digest(),
-            register=self._read_register(),
+            register=self._register.read(),
             codebook_sha256=task.tokenizer_sha256,
             masker=self._masker_for(key, hello),
         )
@@ -144,18 +142,8 @@ class CoxDesk:
         return found[1]
 
     @property
-    def _register_file(self) -> Any:
-        return self.workspace.state / "cox_register.json"
-
-    def _read_register(self) -> RunRegister:
-        if not self._register_file.is_file():
-            return RunRegister()
-        plain = json.loads(self._register_file.read_text(encoding="utf-8"))
-        return RunRegister([tuple(claim) for claim in plain["claims"]], plain["approvals"])
-
-    def _write_register(self, register: RunRegister) -> None:
-        plain = {"claims": [list(claim) for claim in register.claims], "approvals": register.approvals}
-        write_atomic(self._register_file, (json.dumps(plain, indent=1) + "\n").encode())
+    def _register(self) -> CoxRegister:
+        return CoxRegister(self.workspace.state)
 
 
 def _reply(task: CoxTask, sums: Any) -> Reply:

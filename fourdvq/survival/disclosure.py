@@ -70,6 +70,7 @@ class Policy:
         return Limits(self.max_abs_beta, self.max_evaluations, self.events_per_parameter)
 
 
+ALLOW_RERUN = "a person at the site decides: `fourdvq-client survival allow-rerun`"
 OFF_LIMITS = Limits()  # disclosure="off": |beta| 20 per SD, 30 rounds, one death is enough
 OFF_ABS_ETA = 30.0
 
@@ -87,32 +88,36 @@ class AuditLine:
 
 @dataclass
 class RunRegister:
-    """Which analyses of a cohort were begun. One per (cohort, purpose); another, or another fold key, needs approval.
+    """Which analyses of a cohort were begun. One run per (cohort, purpose); another, or another fold key, needs a
+    person's approval.
 
     Two fold keys on one cohort would give the sums of two training sets that differ by few patients. The shell keeps
-    `claims`, one entry for every time an analysis began, on disk and raises `approvals` when a person at the site
-    allows one more.
+    on disk: `claims`, one entry for every time an analysis began; `approvals`, how many more runs a person at the site
+    allows; `admitted`, the runs that used one up. An approval is for one run with all its purposes.
     """
 
     claims: list[tuple[str, str, str, str]] = field(default_factory=list)  # cohort, key digest, purpose, run
     approvals: int = 0
+    admitted: list[tuple[str, str]] = field(default_factory=list)  # key digest, run
 
     def claim(self, cohort: str, key_digest: str, purpose: str, run: str, *, attempts: int) -> None:
         """Begin an analysis, or begin it again in its run, at most `attempts` times. Refused E_COX_RULE `one_run`."""
         claim = (cohort, key_digest, purpose, run)
         begun = self.claims.count(claim)
         if begun >= attempts:
-            raise refuse("one_run")
-        if not begun and any((c, p) == (cohort, purpose) for c, _, p, _ in self.claims):
+            raise refuse("one_run", fix="end this run; `fourdvq-client survival runs` lists what was begun")
+        another = any((c, p) == (cohort, purpose) for c, _, p, _ in self.claims)
+        if not begun and another and (key_digest, run) not in self.admitted:
             if not self.approvals:
-                raise refuse("one_run")
+                raise refuse("one_run", fix=ALLOW_RERUN)
             self.approvals -= 1
+            self.admitted.append((key_digest, run))
         self.claims.append(claim)
 
 
-def refuse(rule: str) -> Refused:
+def refuse(rule: str, *, fix: str = "") -> Refused:
     """The refusal of a rule: where = the rule's name, and no number."""
-    return Refused("E_COX_RULE", where=rule)
+    return Refused("E_COX_RULE", where=rule, fix=fix)
 
 
 def check_covariates(policy: Policy, site: CoxSite, asked: tuple[str, ...]) -> None:
