@@ -81,6 +81,7 @@ class RegistrationSpec:
     """Alignment of a follow-up with the patient's baseline, on an isotropic grid around the baseline lungs."""
 
     backend: str = "demons"
+    preset: Literal["default", "fast"] = "default"  # of corrfield: `fast` has fewer keypoints and a shorter refinement
     spacing_mm: float = 1.75
     margin_mm: float = 15.0
     clamp_hu: tuple[float, float] = (-1000.0, 300.0)
@@ -178,7 +179,7 @@ def load_profile(path: Path) -> Profile:
 
 def require_supported(profile: Profile) -> None:
     """Raise ConfigError E_UNSUPPORTED, before any work, for a method or backend that is not there."""
-    from fourdvq.preprocessing.registration import BACKENDS
+    from fourdvq.preprocessing.registration.backends import backend_named
     from fourdvq.preprocessing.segmentation import METHODS
 
     if profile.segmentation.method not in METHODS:
@@ -189,11 +190,4 @@ def require_supported(profile: Profile) -> None:
             wanted="one of " + ", ".join(sorted(METHODS)),
             fix="use a profile with one of these methods; all sites of a federation use the same one",
         )
-    if profile.registration.backend not in BACKENDS:
-        raise ConfigError(
-            "E_UNSUPPORTED",
-            where="profile.registration.backend",
-            found=profile.registration.backend,
-            wanted="one of " + ", ".join(sorted(BACKENDS)),
-            fix="use a profile with one of these backends",
-        )
+    backend_named(profile.registration.backend)

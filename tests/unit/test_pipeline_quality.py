@@ -24,8 +24,9 @@ def facts():
 def registration(dice: float, ncc: float, fold: float = 0.0, before: float = 0.5) -> Registration:
     still = sitk.Transform()
     measured = FieldFacts(1.0, 2.0, fold, 0.1)
+    overlaps = (Overlap(0.5, 0.1), Overlap(0.9, before), Overlap(dice, ncc))
     return Registration(
-        still, still, (0.0,) * 12, True, None, Overlap(0.5, 0.1), Overlap(0.9, before), Overlap(dice, ncc), measured
+        still, still, (0.0,) * 12, True, None, *overlaps, measured, 0.2, 0.1, consistency=None, keypoints=None
     )
 
 

@@ -1,12 +1,11 @@
 """Registration of a follow-up to its baseline: centroids, a guarded affine map, then a named deformable backend.
 
 T(x) = A(x + u(x)) maps baseline points to follow-up points in LPS mm; u lives on the working grid. A new backend is one
-function and one line in BACKENDS.
+function and one line in `backends.BACKENDS`, or an entry point of another package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,36 +21,43 @@ from fourdvq.preprocessing.registration.align import (
     centroid_shift,
     overlap,
     warped,
+    warped_mask,
     working_pair,
 )
-from fourdvq.preprocessing.registration.demons import demons_field
+from fourdvq.preprocessing.registration.backends import (
+    BACKENDS,
+    AlignedPair,
+    Backend,
+    FoundField,
+    KeypointFacts,
+    backend_named,
+    backend_names,
+)
+from fourdvq.preprocessing.registration.facts import (
+    Consistency,
+    FieldFacts,
+    consistency,
+    field_facts,
+    jacobian_determinant,
+)
 
-FieldFinder = Callable[[WorkingPair, np.ndarray, RegistrationSpec], sitk.Image]
-
-
-@dataclass(frozen=True)
-class Backend:
-    """What a named backend does after the centroids: an affine step or not, and a displacement field or none."""
-
-    affine: bool
-    field: FieldFinder | None = None
-
-
-BACKENDS: dict[str, Backend] = {
-    "demons": Backend(affine=True, field=demons_field),
-    "affine": Backend(affine=True),
-    "none": Backend(affine=False),
-}
-
-
-@dataclass(frozen=True)
-class FieldFacts:
-    """How a displacement field deforms the lung: lengths in mm, folding in percent of lung voxels."""
-
-    mean_mm: float
-    p95_mm: float
-    fold_percent: float
-    sd_log_j: float
+__all__ = [
+    "BACKENDS",
+    "AlignedPair",
+    "Backend",
+    "Consistency",
+    "FieldFacts",
+    "FoundField",
+    "KeypointFacts",
+    "Overlap",
+    "Registration",
+    "backend_named",
+    "backend_names",
+    "compose",
+    "field_facts",
+    "jacobian_determinant",
+    "register",
+]
 
 
 @dataclass(frozen=True)
@@ -67,35 +73,53 @@ class Registration:
     before: Overlap
     after: Overlap
     facts: FieldFacts
+    mind_before: float  # mean squared MIND-SSC distance in the fixed lung, under `start`
+    mind_after: float
+    consistency: Consistency | None  # None without a field
+    keypoints: KeypointFacts | None  # None for a backend without keypoints
 
 
 def register(
-    fixed: Volume, fixed_mask: np.ndarray, moving: Volume, moving_mask: np.ndarray, spec: RegistrationSpec
+    fixed: Volume,
+    fixed_mask: np.ndarray,
+    moving: Volume,
+    moving_mask: np.ndarray,
+    spec: RegistrationSpec,
+    *,
+    device: str = "cpu",
 ) -> Registration:
-    """Align `moving` with `fixed`; masks are bool (D, H, W) on their scans' grids.
+    """Align `moving` with `fixed`; masks are bool (D, H, W) on their scans' grids, `device` is torch's name of one.
 
-    Raises RegistrationError E_REG if the lungs cannot be brought to overlap or the field is not finite.
+    Raises RegistrationError E_REG if the lungs cannot be brought to overlap, a scan is constant, or the backend gives
+    up or finds no finite field; ConfigError E_UNSUPPORTED for an unknown backend.
     """
-    backend = BACKENDS[spec.backend]
+    from fourdvq.preprocessing.registration.mind import mind_distance
+
+    backend = backend_named(spec.backend)
     pair = working_pair(fixed, fixed_mask, moving, moving_mask, spec)
     unaligned = overlap(pair, sitk.Transform())
     start = centroid_shift(pair)
     before = overlap(pair, start)
     if before.dice <= 0.1:
         raise RegistrationError("E_REG", where="the centroid step", found=f"Dice {before.dice:.2f}")
+    mind_before = mind_distance(pair.fixed, warped(pair, start), pair.fixed_mask, device)
     linear, kept = _guarded_affine(pair, start, before, spec) if backend.affine else (start, False)
-    field = backend.field(pair, warped(pair, linear), spec) if backend.field else None
-    transform = linear if field is None else compose(linear, field)
+    found, undone = _deformed(pair, linear, backend, spec, device)
+    transform = linear if found is None else compose(linear, found.u)
     return Registration(
         transform=transform,
         start=start,
         matrix=_as_matrix(linear),
         affine_kept=kept,
-        field=field,
+        field=found.u if found else None,
         unaligned=unaligned,
         before=before,
         after=overlap(pair, transform),
-        facts=field_facts(field, pair.fixed_mask) if field is not None else FieldFacts(0.0, 0.0, 0.0, 0.0),
+        facts=field_facts(found.u, pair.fixed_mask) if found else FieldFacts(0.0, 0.0, 0.0, 0.0),
+        mind_before=mind_before,
+        mind_after=mind_distance(pair.fixed, warped(pair, transform), pair.fixed_mask, device),
+        consistency=undone,
+        keypoints=found.keypoints if found else None,
     )
 
 
@@ -105,29 +129,18 @@ def compose(linear: sitk.Transform, field: sitk.Image) -> sitk.Transform:
     return sitk.CompositeTransform([linear, sitk.DisplacementFieldTransform(sitk.Image(field))])
 
 
-def jacobian_determinant(field: sitk.Image) -> np.ndarray:
-    """det of d(x + u)/dx, (D, H, W), by central differences."""
-    u = sitk.GetArrayViewFromImage(field).astype(np.float64)  # (D, H, W, 3), components x y z
-    x_mm, y_mm, z_mm = field.GetSpacing()
-    jacobian = np.stack([np.stack(np.gradient(u[..., c], z_mm, y_mm, x_mm)[::-1], axis=-1) for c in range(3)], axis=-2)
-    jacobian += np.eye(3)
-    result: np.ndarray = np.linalg.det(jacobian)
-    return result
-
-
-def field_facts(field: sitk.Image, mask: np.ndarray) -> FieldFacts:
-    """Lengths, folds and unevenness of u inside a mask of the same grid; RegistrationError E_REG if u is not finite."""
-    u = sitk.GetArrayViewFromImage(field)
-    if not np.isfinite(u).all():
+def _deformed(
+    pair: WorkingPair, linear: sitk.Transform, backend: Backend, spec: RegistrationSpec, device: str
+) -> tuple[FoundField | None, Consistency | None]:
+    """The field after the linear map, and how well the same backend with the roles exchanged undoes it."""
+    if backend.field is None:
+        return None, None
+    aligned = AlignedPair(pair.grid, pair.fixed, pair.fixed_mask, warped(pair, linear), warped_mask(pair, linear))
+    found = backend.field(aligned, spec, device)
+    if not np.isfinite(sitk.GetArrayViewFromImage(found.u)).all():
         raise RegistrationError("E_REG", where="the deformable step", found="a field that is not finite")
-    length = np.linalg.norm(u[mask], axis=-1)
-    det = jacobian_determinant(field)[mask]
-    return FieldFacts(
-        mean_mm=float(length.mean()),
-        p95_mm=float(np.percentile(length, 95)),
-        fold_percent=100.0 * float((det <= 0).mean()),
-        sd_log_j=float(np.log(np.maximum(det, 1e-3)).std()),
-    )
+    back = backend.field(aligned.exchanged(), spec, device)
+    return found, consistency(found.u, back.u, pair.fixed_mask)
 
 
 def _guarded_affine(

@@ -105,14 +105,18 @@ def affine(pair: WorkingPair, start: sitk.AffineTransform, spec: RegistrationSpe
 
 def overlap(pair: WorkingPair, transform: sitk.Transform) -> Overlap:
     """Dice and correlation of the pair under a transform, on the working grid."""
-    moved_mask = resample(pair.moving_mask, pair.grid, transform, outside=0.0) >= 0.5
     moved = warped(pair, transform)
-    return Overlap(dice(pair.fixed_mask, moved_mask), ncc(pair.fixed, moved, pair.fixed_mask))
+    return Overlap(dice(pair.fixed_mask, warped_mask(pair, transform)), ncc(pair.fixed, moved, pair.fixed_mask))
 
 
 def warped(pair: WorkingPair, transform: sitk.Transform) -> np.ndarray:
     """The moving scan on the working grid under a transform, HU float32 (D, H, W)."""
     return resample(pair.moving, pair.grid, transform, outside=float(sitk.GetArrayViewFromImage(pair.moving).min()))
+
+
+def warped_mask(pair: WorkingPair, transform: sitk.Transform) -> np.ndarray:
+    """The moving lungs on the working grid under a transform, bool (D, H, W)."""
+    return resample(pair.moving_mask, pair.grid, transform, outside=0.0) >= 0.5
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:

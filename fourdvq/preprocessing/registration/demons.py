@@ -11,18 +11,16 @@ import SimpleITK as sitk
 
 from fourdvq.preprocessing.grid import empty_image
 from fourdvq.preprocessing.profile import RegistrationSpec
-from fourdvq.preprocessing.registration.align import WorkingPair
+from fourdvq.preprocessing.registration.backends import AlignedPair, FoundField
 
 PRESMOOTHING = 0.35  # voxels of the working grid, times the level's shrink factor
 
 
-def demons_field(pair: WorkingPair, moved: np.ndarray, spec: RegistrationSpec) -> sitk.Image:
-    """Displacement u in mm (x, y, z components) on the working grid, so that fixed(x) looks like moved(x + u(x)).
-
-    `moved` is the moving scan on the working grid, HU float32 (D, H, W), after the affine step.
-    """
+def demons_field(pair: AlignedPair, spec: RegistrationSpec, device: str = "cpu") -> FoundField:
+    """The displacement between two aligned scans; always on one CPU thread, whatever the device."""
+    del device  # SimpleITK has no other
     place = empty_image(pair.grid)
-    fixed, moving = (sitk.GetImageFromArray(a.astype(np.float32)) for a in (pair.fixed, moved))
+    fixed, moving = (sitk.GetImageFromArray(a.astype(np.float32)) for a in (pair.fixed, pair.moving))
     fixed.CopyInformation(place)
     moving.CopyInformation(place)
     field: sitk.Image | None = None
@@ -37,7 +35,7 @@ def demons_field(pair: WorkingPair, moved: np.ndarray, spec: RegistrationSpec) -
         else:
             start = sitk.Resample(field, level_fixed, sitk.Transform(), sitk.sitkLinear, 0.0, field.GetPixelID())
             field = method.Execute(level_fixed, level_moving, start)
-    return sitk.Resample(field, fixed, sitk.Transform(), sitk.sitkLinear, 0.0, sitk.sitkVectorFloat64)
+    return FoundField(sitk.Resample(field, fixed, sitk.Transform(), sitk.sitkLinear, 0.0, sitk.sitkVectorFloat64))
 
 
 def _shrunk(image: sitk.Image, shrink: int, spacing_mm: float) -> sitk.Image:
