@@ -8,6 +8,9 @@ Two ways to show a prediction:
 decode    G(quantised codes): the paper's; smooth, because the decoder cannot draw the patient's own fine detail.
 residual  the last given scan before that time + G(codes then) - G(codes at that scan), both unquantised, inside the
           lung: keeps the patient's detail, cancels the decoder's error, and is that scan itself if nothing changes.
+
+A variational model has many courses for one patient: `samples` draws some, and the result then also says how far apart
+they lie. The trajectory itself stays the most likely course, so asking for samples does not change it.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from fourdvq.data.datasets import latent_mask
 from fourdvq.errors import DataError, ModelError
 from fourdvq.models.latent_ode import SAME_TIME_YEARS, LatentODE, snap_times
 from fourdvq.models.vqgan import VQGAN3d, tokenizer_sha256
-from fourdvq.plan import GIVEN_FOR_EXTRAPOLATION
+from fourdvq.plan import GIVEN_FOR_EXTRAPOLATION, TemporalSpec
+from fourdvq.training.precision import autocast
 
 Detail = Literal["decode", "residual"]
 Kind = Literal["given", "interpolated", "extrapolated"]
@@ -34,15 +38,30 @@ Kind = Literal["given", "interpolated", "extrapolated"]
 
 @dataclass(frozen=True)
 class WorldModel:
-    """Two networks that belong together; `tokenizer_sha256` names the encoder and codebook the ODE was trained on."""
+    """Two networks that belong together; `tokenizer_sha256` names the encoder and codebook the ODE was trained on.
+
+    `precision` is that of the decoder. Encoder, quantisation and dynamics are float32 in any case: which code a voxel
+    has must not depend on the machine.
+    """
 
     vqgan: VQGAN3d
     ode: LatentODE
     tokenizer_sha256: str
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def device(self) -> torch.device:
         return next(self.vqgan.parameters()).device
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What n drawn courses say at each asked time. Volumes x01 (D, H, W) float32, on the CPU."""
+
+    mean: tuple[Tensor, ...]
+    sd: tuple[Tensor, ...]  # voxel-wise, of the n courses around their mean
+    codes: Tensor  # (n, S, d, h, w) int16: the courses themselves
+    histograms: Tensor  # (n, S, K) float64, as those of the trajectory
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,7 @@ class Trajectory:
     indices: Tensor  # (S, d, h, w) int64; outside the lung the baseline's codes
     histograms: Tensor  # (S, K) float64: shares of the codes inside the lung
     flags: tuple[str, ...]  # W_ codes: W_HORIZON if a time lies beyond the training window
+    spread: Spread | None = None  # where samples were asked for
 
 
 def check_world(model: WorldModel) -> None:
@@ -90,22 +110,28 @@ def generate(
     generator: torch.Generator | None = None,
     detail: Detail = "decode",
     requantise: bool = True,
+    beyond_horizon: bool = False,
 ) -> Trajectory:
     """Scans (T, 1, D, H, W) in [0, 1] taken at `times_given`; returns the scans at `times`, decoded one at a time.
 
     `lung` (D, H, W) bool is the baseline's; without it everything may change. `requantise` puts predicted codes onto
-    the codebook before decoding. Raises DataError E_GIVEN for fewer than two scans, E_TIMES for times that cannot be
-    used, E_VALUE for another shape, E_NAN for values that are not finite; ModelError E_UNSUPPORTED for samples > 0:
-    this model has one trajectory.
+    the codebook before decoding. `samples` (2 or more) draws so many courses of a variational model with `generator`,
+    for `Trajectory.spread`. Times beyond the training window are flagged; far beyond (see `check_horizon`) they are
+    refused unless `beyond_horizon`.
+
+    Raises DataError E_GIVEN for fewer than two scans, E_TIMES for times that cannot be used, E_HORIZON, E_VALUE for
+    another shape or number of samples, E_NAN for values that are not finite, E_NOLUNG for an empty `lung`; ModelError
+    E_TOKENIZER for networks that do not belong together, E_UNSUPPORTED for samples of a deterministic model.
     """
-    if samples != 0:
-        found = f"{samples} samples" + (" from a generator" if generator is not None else "")
-        raise ModelError("E_UNSUPPORTED", where="samples", found=found, wanted="0: the latent ODE is deterministic")
+    _check_samples(model, samples)
     check_world(model)
     given = _check_given(scans, times_given, model)
+    if lung is not None and not bool(lung.any()):
+        raise DataError("E_NOLUNG", where="lung", found="an empty mask", wanted="the baseline's lung")
     asked = snap_times([float(s) for s in times], model.ode.spec.grid)
     if not asked or not all(given[0] - SAME_TIME_YEARS <= s < math.inf for s in asked):
         raise DataError("E_TIMES", where="times", found=str(asked), wanted=f"years from {given[0]} on")
+    flags = check_horizon(asked, model.ode.spec, allow=beyond_horizon)
     with evaluating(model):
         latents = encode_given(model, scans, given, lung)
         zhat = predict_codes(model, latents, asked)
@@ -113,17 +139,37 @@ def generate(
         volumes = [volume for volume, _ in decoded]
         if detail == "residual":
             volumes = residual_volumes(model, latents, scans, asked, zhat)
+        spread = None
+        if samples:
+            how = _Showing(detail, requantise, scans)
+            spread = _draw_courses(model, latents, asked, samples, generator, how)
     indices = torch.stack([codes for _, codes in decoded])
     shares = [code_histogram(codes, latents.lung, model.vqgan.spec.n_codes) for codes in indices]
-    beyond = max(asked) > model.ode.spec.t_scale_years + SAME_TIME_YEARS
     return Trajectory(
         times=tuple(float(s) for s in times),
         kinds=tuple(_kind(s, given) for s in asked),
         volumes=tuple(volumes),
         indices=indices,
         histograms=torch.stack(shares),
-        flags=("W_HORIZON",) if beyond else (),
+        flags=flags,
+        spread=spread,
     )
+
+
+def check_horizon(times: Sequence[float], spec: TemporalSpec, *, allow: bool = False) -> tuple[str, ...]:
+    """Flags of the asked times: W_HORIZON if one lies beyond the training window of `t_scale_years`.
+
+    Raises DataError E_HORIZON beyond `t_scale_years` x `horizon_factor`, unless `allow`: nobody was ever seen there.
+    """
+    furthest, window = max(times), spec.t_scale_years
+    if furthest <= window + SAME_TIME_YEARS:
+        return ()
+    limit = window * spec.horizon_factor
+    if furthest > limit + SAME_TIME_YEARS and not allow:
+        raise DataError(
+            "E_HORIZON", where="times", found=f"{furthest:g} years", wanted=f"at most {limit:g} years after scan 1"
+        )
+    return ("W_HORIZON",)
 
 
 @dataclass(frozen=True)
@@ -164,11 +210,17 @@ def encode_given(model: WorldModel, scans: Tensor, years: Sequence[float], lung:
     )
 
 
-def predict_codes(model: WorldModel, given: GivenLatents, times: Sequence[float]) -> Tensor:
-    """Predicted codes (S, c, d, h, w) at `times`, in any order, none before the first scan; zero outside the lung."""
+def predict_codes(
+    model: WorldModel, given: GivenLatents, times: Sequence[float], noise: Tensor | None = None
+) -> Tensor:
+    """Predicted codes (S, c, d, h, w) at `times`, in any order, none before the first scan; zero outside the lung.
+
+    `noise` (1, hidden) draws one course of a variational model; without it, the most likely course.
+    """
     t = torch.tensor([given.years], dtype=torch.float32, device=given.z.device)
     s = torch.tensor([list(times)], dtype=torch.float32, device=given.z.device)
-    zhat: Tensor = model.ode(given.z[None], t, torch.ones_like(t, dtype=torch.bool), s, given.lung[None])
+    seen = torch.ones_like(t, dtype=torch.bool)
+    zhat: Tensor = model.ode(given.z[None], t, seen, s, given.lung[None], noise=noise)
     return zhat[0]
 
 
@@ -180,17 +232,26 @@ def decode_codes(model: WorldModel, given: GivenLatents, z: Tensor, *, requantis
     quantised = model.vqgan.quantise(z[None])
     indices = torch.where(given.lung, quantised.indices[0], given.indices[0])
     inside = model.vqgan.embed(indices[None]) if requantise else torch.where(given.lung, z, given.z[0])[None]
-    volume = (model.vqgan.decode(inside)[0, 0].float() + 0.5).clamp(0, 1).cpu()
-    return volume, indices.cpu()
+    with autocast(model.device, model.precision):
+        decoded = model.vqgan.decode(inside)[0, 0].float()
+    return (decoded + 0.5).clamp(0, 1).cpu(), indices.cpu()
 
 
 def residual_volumes(
-    model: WorldModel, given: GivenLatents, scans: Tensor, times: Sequence[float], zhat: Tensor
+    model: WorldModel,
+    given: GivenLatents,
+    scans: Tensor,
+    times: Sequence[float],
+    zhat: Tensor,
+    noise: Tensor | None = None,
 ) -> list[Tensor]:
-    """Scans x01 (D, H, W) with residual detail, one for each of `times`; zhat (S, c, d, h, w) as predicted for them."""
+    """Scans x01 (D, H, W) with residual detail, one for each of `times`; zhat (S, c, d, h, w) as predicted for them.
+
+    `noise` is that with which zhat was drawn.
+    """
     bases = [base_index(s, given.years) for s in times]
     needed = sorted(set(bases))
-    at_base = predict_codes(model, given, [given.years[i] for i in needed])
+    at_base = predict_codes(model, given, [given.years[i] for i in needed], noise)
     drawn = {i: decode_codes(model, given, z, requantise=False)[0] for i, z in zip(needed, at_base, strict=True)}
     volumes = []
     for base, z in zip(bases, zhat, strict=True):
@@ -213,6 +274,60 @@ def code_histogram(indices: Tensor, mask: Tensor | None, n_codes: int) -> Tensor
     if chosen.numel() == 0:
         raise DataError("E_MASK", where="latent lung mask", found="empty")
     return torch.bincount(chosen.long().cpu(), minlength=n_codes).double() / chosen.numel()
+
+
+@dataclass(frozen=True)
+class _Showing:
+    """How drawn codes become volumes: as the trajectory's own."""
+
+    detail: Detail
+    requantise: bool
+    scans: Tensor
+
+
+def _draw_courses(
+    model: WorldModel,
+    given: GivenLatents,
+    times: Sequence[float],
+    n: int,
+    generator: torch.Generator | None,
+    how: _Showing,
+) -> Spread:
+    """Draw n courses one after the other; of the volumes only running means and squares are kept (Welford)."""
+    hidden = model.ode.spec.hidden
+    means = [torch.zeros(how.scans.shape[2:]) for _ in times]
+    squares = [torch.zeros_like(mean) for mean in means]
+    codes = []
+    for drawn in range(1, n + 1):
+        noise = torch.randn(1, hidden, generator=generator)
+        zhat = predict_codes(model, given, times, noise)
+        decoded = [decode_codes(model, given, z, requantise=how.requantise) for z in zhat]
+        volumes = [volume for volume, _ in decoded]
+        if how.detail == "residual":
+            volumes = residual_volumes(model, given, how.scans, times, zhat, noise)
+        codes.append(torch.stack([indices for _, indices in decoded]).to(torch.int16))
+        for mean, square, volume in zip(means, squares, volumes, strict=True):
+            off = volume - mean
+            mean += off / drawn
+            square += off * (volume - mean)
+    n_codes = model.vqgan.spec.n_codes
+    shares = [torch.stack([code_histogram(c.long(), given.lung, n_codes) for c in course]) for course in codes]
+    sd = tuple((square / (n - 1)).clamp(min=0).sqrt() for square in squares)
+    return Spread(tuple(means), sd, torch.stack(codes), torch.stack(shares))
+
+
+def _check_samples(model: WorldModel, samples: int) -> None:
+    if samples == 0:
+        return
+    if samples < 2:
+        raise DataError("E_VALUE", where="samples", found=str(samples), wanted="0, or 2 and more for a spread")
+    if model.ode.posterior is None:
+        raise ModelError(
+            "E_UNSUPPORTED",
+            where="samples",
+            found=f"{samples} samples of a deterministic model",
+            fix="ask for one trajectory, or train with temporal.initial_state=variational",
+        )
 
 
 def _check_given(scans: Tensor, times_given: Sequence[float], model: WorldModel) -> list[float]:

@@ -82,11 +82,13 @@ class TemporalSpec:
     grid: Literal["exact", "halfyear"] = "exact"  # code: halfyear
     solver: Literal["rk4", "dopri5"] = "rk4"  # code: dopri5
     max_step_years: float = 0.5
-    t_scale_years: float = 6.0  # times are divided by this in the dynamics; also the supported horizon
+    t_scale_years: float = 6.0  # times are divided by this in the dynamics; later ones are flagged
+    horizon_factor: float = 1.5  # generation refuses times beyond t_scale_years x this
     rtol: float = 1e-3  # code
     atol: float = 1e-4  # code
     mask_prob: float = 0.0  # probability that an observed input is hidden in training
     time_gap_channel: bool = False
+    initial_state: Literal["deterministic", "variational"] = "deterministic"  # paper: deterministic
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class OdeTraining:
     lambda_recon: float = 1.0
     lambda_diff: float = 1.0
     weight_rise: tuple[float, float] = (1.0, 2.0)  # time weights rise linearly over the observed order, then mean 1
+    kl_weight: float = 1e-3  # of the patient's random part, used where temporal.initial_state is variational
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -59,6 +60,38 @@ class Dynamics(nn.Module):
         return out
 
 
+@dataclass(frozen=True)
+class InitialState:
+    """Where the dynamics start: h (B, hidden, d, h, w) at the first scan, before the patient's random part is added.
+
+    The random part u is one number per channel and patient, N(mean, exp(log_sd)^2) given the scans, N(0, 1) before.
+    A deterministic model has none: `mean` and `log_sd` (B, hidden) are then None.
+    """
+
+    h: Tensor
+    mean: Tensor | None = None
+    log_sd: Tensor | None = None
+
+    def drawn(self, noise: Tensor | None = None) -> Tensor:
+        """h with u = mean + sd * noise; noise (B, hidden) standard normal, None for the most likely course.
+
+        Raises ModelError E_UNSUPPORTED for noise where nothing is random.
+        """
+        if self.mean is None or self.log_sd is None:
+            if noise is not None:
+                raise ModelError("E_UNSUPPORTED", where="initial state", found="noise", wanted="a variational model")
+            return self.h
+        u = self.mean if noise is None else self.mean + self.log_sd.exp() * noise.to(self.mean)
+        return self.h + u[:, :, None, None, None]
+
+    def kl(self) -> Tensor:
+        """Kullback-Leibler divergence from the prior, in nats, (B,); zeros for a deterministic model."""
+        if self.mean is None or self.log_sd is None:
+            return self.h.new_zeros(len(self.h))
+        terms = self.mean.square() + (2 * self.log_sd).exp() - 1 - 2 * self.log_sd
+        return 0.5 * terms.sum(dim=1)
+
+
 class LatentODE(nn.Module):
     """Predicts code grids. `spec.projector`, `spec.anchor` and `spec.skip` choose what a prediction starts from:
 
@@ -67,6 +100,10 @@ class LatentODE(nn.Module):
     anchor a          last_given: the last given scan for s at or after it, else the first; identity: the first;
                       paper: the first, with a change already at the first scan, as published
     skip off          zhat(s) = Conv(h(s))
+
+    With `spec.initial_state: variational` one random number per channel and patient is added to the state at the first
+    scan, the same in every voxel: what differs between two courses of a patient is how the whole lung fares, and a mean
+    over voxels does not average it away. Noise of every voxel by itself would leave biomarkers without any spread.
     """
 
     def __init__(self, spec: TemporalSpec, code_dim: int, *, time_input: bool = False) -> None:
@@ -87,6 +124,7 @@ class LatentODE(nn.Module):
         # A bias would cancel in P(h(s)) - P(h(a)): it is there only where it can act.
         bias = self._pairs or not spec.skip or spec.anchor == "paper"
         self.projector = nn.Conv3d(spec.hidden * (2 if self._pairs else 1), code_dim, 3, padding=1, bias=bias)
+        self.posterior = nn.Linear(spec.hidden, 2 * spec.hidden) if spec.initial_state == "variational" else None
 
     def forward(
         self,
@@ -96,12 +134,16 @@ class LatentODE(nn.Module):
         s: Tensor,
         lung: Tensor | None = None,
         given_last: Tensor | None = None,
+        *,
+        noise: Tensor | None = None,
+        initial: InitialState | None = None,
     ) -> Tensor:
         """Codes z (B, T, c, d, h, w) at years t (B, T), read where observed (B, T); gives (B, S, c, d, h, w) at s.
 
         `lung` (B, d, h, w) bool: codes outside it are zero, going in and coming out. `given_last` (B,) is the index
         of the scan that `last_given` starts from (default: the last observed). Pad s by repeating its last time.
-        Raises ModelError E_TIMES (see `check_times`).
+        `noise` (B, hidden) draws one course of a variational model; `initial` is `initial_state`'s result for the same
+        scans, if it is at hand. Raises ModelError E_TIMES (see `check_times`), E_UNSUPPORTED for noise without use.
         """
         check_times(t, observed, s)
         if lung is not None:
@@ -111,7 +153,8 @@ class LatentODE(nn.Module):
         rows = torch.arange(z.shape[0], device=z.device)
         t_first = t[rows, first]
         t_last = t[rows, last] if self.spec.anchor == "last_given" else t_first
-        h_first = self.encoder(z, t, observed)
+        start = self.initial_state(z, t, observed, lung) if initial is None else initial
+        h_first = start.drawn(noise)
         from_last = (s >= t_last[:, None] - SAME_TIME_YEARS) & (self.spec.anchor == "last_given")
         t_anchor = torch.where(from_last, t_last[:, None], t_first[:, None])
         at_anchor = (s - t_anchor).abs() <= SAME_TIME_YEARS
@@ -128,6 +171,21 @@ class LatentODE(nn.Module):
                 change = torch.where(_grid(at_anchor), 0.0, change)
             zhat = anchor + change
         return zhat if lung is None else zhat * lung[:, None, None].to(z.dtype)
+
+    def initial_state(self, z: Tensor, t: Tensor, observed: Tensor, lung: Tensor | None = None) -> InitialState:
+        """The state at the first scan from codes z (B, T, c, d, h, w), and how sure the scans make it.
+
+        The random part is read from the mean state over `lung` (B, d, h, w), None: over everything.
+        """
+        if lung is not None:
+            z = z * lung[:, None, None].to(z.dtype)
+        h = self.encoder(z, t, observed)
+        if self.posterior is None:
+            return InitialState(h)
+        weight = h.new_ones(h.shape[0], 1, *h.shape[2:]) if lung is None else lung[:, None].to(h.dtype)
+        pooled = (h * weight).sum(dim=(2, 3, 4)) / weight.sum(dim=(2, 3, 4)).clamp(min=1)
+        mean, log_sd = self.posterior(pooled).chunk(2, dim=1)
+        return InitialState(h, mean, log_sd.clamp(-6.0, 2.0))
 
     def solve(self, h_first: Tensor, t_first: Tensor, s: Tensor) -> Tensor:
         """States (B, S, hidden, d, h, w) at years s (B, S), from h_first (B, hidden, d, h, w) at years t_first (B,)."""

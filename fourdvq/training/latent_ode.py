@@ -8,6 +8,8 @@ the first k scans, k drawn evenly from min(2, T - 1) to T - 1, and the later sca
 forecast. A patient with two scans gives the first and is asked for the second. Scans where the prediction is exact by
 construction (the anchors) are left out of the means. `mask_prob` hides given scans other than the baseline.
 
+A variational model draws one course per draw of a patient, and pays `kl_weight` for each nat of its random part.
+
 Randomness is a function of (seed, number of patients drawn so far), so a restored trainer goes on as if never stopped.
 """
 
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -50,6 +52,7 @@ class OdeLosses:
     total: Tensor
     recon: Tensor
     diff: Tensor
+    kl: Tensor | None = None  # nats, of a variational model
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ class OdeTrainer:
 
     def _step(self, patients: list[LatentPatient], used: set[str], start: Mapping[str, Tensor]) -> dict[str, float]:
         n = self.plan.ode.accumulate
-        sums = {"loss": 0.0, "recon": 0.0, "diff": 0.0}
+        sums: dict[str, float] = {}
         self.optimiser.zero_grad(set_to_none=True)
         for _ in range(n):
             rng = np.random.default_rng(derive_seed(self.seed, "ode-given", self.drawn))
@@ -174,8 +177,10 @@ class OdeTrainer:
             used.add(patient.pseudonym)
             losses = self.loss_of(patient, rng)
             (losses.total / n).backward()
-            for name, value in (("loss", losses.total), ("recon", losses.recon), ("diff", losses.diff)):
-                sums[name] += float(value.detach()) / n
+            parts = {"loss": losses.total, "recon": losses.recon, "diff": losses.diff, "kl": losses.kl}
+            for name, value in parts.items():
+                if value is not None:
+                    sums[name] = sums.get(name, 0.0) + float(value.detach()) / n
         self._pull_towards(start)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.ode.clip)
         if not (math.isfinite(sums["loss"]) and math.isfinite(float(norm))):
@@ -202,15 +207,18 @@ class OdeTrainer:
         given = choose_given(len(keep), spec, rng)
         zq, lung = embed(patient, self.codebook, keep)
         t = torch.tensor([years], dtype=torch.float32, device=self.device)
-        zhat = self.model(
-            zq[None],
-            t,
-            torch.as_tensor(given.observed, device=self.device)[None],
-            t,
-            lung[None],
-            torch.tensor([given.last], device=self.device),
-        )[0]
-        return trajectory_loss(zhat, zq, lung, given.exact, optim, time_weights(len(keep), optim.weight_rise))
+        observed = torch.as_tensor(given.observed, device=self.device)[None]
+        start = self.model.initial_state(zq[None], t, observed, lung[None])
+        noise = None
+        if start.mean is not None:
+            noise = torch.as_tensor(rng.standard_normal(start.mean.shape), dtype=torch.float32, device=self.device)
+        last = torch.tensor([given.last], device=self.device)
+        zhat = self.model(zq[None], t, observed, t, lung[None], last, noise=noise, initial=start)[0]
+        losses = trajectory_loss(zhat, zq, lung, given.exact, optim, time_weights(len(keep), optim.weight_rise))
+        if start.mean is None:
+            return losses
+        kl = start.kl().mean()
+        return replace(losses, total=losses.total + optim.kl_weight * kl, kl=kl)
 
     def state(self) -> TrainState:
         """Weights, optimiser moments and the sampler's position."""

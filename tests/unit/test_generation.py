@@ -102,6 +102,20 @@ def test_a_time_beyond_the_training_window_is_flagged():
     assert generate(small_world(), scans(), GIVEN, [6.5]).flags == ("W_HORIZON",)
 
 
+def test_a_time_that_no_patient_was_ever_seen_at_is_refused_unless_a_person_insists():
+    with pytest.raises(DataError, match="E_HORIZON"):
+        generate(small_world(), scans(), GIVEN, [1.0, 9.1])
+    assert generate(small_world(), scans(), GIVEN, [9.0]).flags == ("W_HORIZON",)
+    assert generate(small_world(), scans(), GIVEN, [9.1], beyond_horizon=True).flags == ("W_HORIZON",)
+    with pytest.raises(DataError, match="E_HORIZON"):
+        generate(small_world(t_scale_years=2.0), scans(), GIVEN, [3.1])
+
+
+def test_a_patient_without_lung_is_refused():
+    with pytest.raises(DataError, match="E_NOLUNG"):
+        generate(small_world(), scans(), GIVEN, [2.0], lung=torch.zeros(SIZE, dtype=torch.bool))
+
+
 @pytest.mark.parametrize(
     ("given", "times", "code"),
     [
@@ -132,6 +146,51 @@ def test_scans_of_another_grid_or_with_damaged_values_are_refused():
 def test_samples_of_a_deterministic_model_are_refused():
     with pytest.raises(ModelError, match="E_UNSUPPORTED"):
         generate(small_world(), scans(), GIVEN, [2.0], samples=3)
+
+
+def sampled(n: int = 5, seed: int = 7, **options: object):
+    world = small_world(initial_state="variational")
+    generator = torch.Generator().manual_seed(seed)
+    return generate(world, scans(), GIVEN, [1.0, 2.0, 4.0], lung=lung_box(), samples=n, generator=generator, **options)
+
+
+def test_samples_lie_apart_where_the_model_extrapolates_and_nowhere_else():
+    spread = sampled(requantise=False).spread
+    known, near, far = spread.sd
+    lung = lung_box()
+    assert float(known.max()) < 1e-6  # the last given scan is not in doubt
+    assert 0 < float(near[lung].mean()) < float(far[lung].mean())
+    assert tuple(spread.codes.shape) == (5, 3, 4, 4, 4)
+    assert spread.histograms.sum(dim=2).numpy() == pytest.approx(np.ones((5, 3)))
+
+
+def test_residual_samples_leave_everything_outside_the_lung_certain():
+    spread = sampled(detail="residual").spread
+    assert all(float(sd[~lung_box()].max()) == 0 for sd in spread.sd)
+    assert float(spread.sd[2][lung_box()].max()) > 1e-4
+
+
+def test_asking_for_samples_does_not_change_the_trajectory_and_a_seed_repeats_them():
+    alone = generate(small_world(initial_state="variational"), scans(), GIVEN, [1.0, 2.0, 4.0], lung=lung_box())
+    first, again, other = sampled(), sampled(), sampled(seed=8)
+    assert alone.spread is None
+    assert all(torch.equal(a, b) for a, b in zip(alone.volumes, first.volumes, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first.spread.mean, again.spread.mean, strict=True))
+    assert not torch.equal(first.spread.mean[2], other.spread.mean[2])
+
+
+def test_one_sample_has_no_spread_and_is_refused():
+    with pytest.raises(DataError, match="E_VALUE"):
+        sampled(1)
+
+
+def test_bfloat16_changes_the_picture_by_its_rounding_and_not_more():
+    world = small_world()
+    rough = dataclasses.replace(world, precision="bf16")
+    a = generate(world, scans(), GIVEN, [1.0, 3.0], detail="residual").volumes[1]
+    b = generate(rough, scans(), GIVEN, [1.0, 3.0], detail="residual").volumes[1]
+    assert float((a - b).abs().max()) > 0
+    assert float((a - b).abs().mean()) < 0.02
 
 
 def test_an_ode_trained_on_other_codes_is_refused():

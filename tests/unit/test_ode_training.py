@@ -10,6 +10,7 @@ import torch
 
 from fourdvq.data.latents import LatentPatient
 from fourdvq.errors import DataError, ModelError
+from fourdvq.models.latent_ode import InitialState
 from fourdvq.plan import FederationSpec, OdeTraining, TemporalSpec
 from fourdvq.training.checkpoint import load_state, save_state
 from fourdvq.training.latent_ode import OdeTrainer, choose_given, time_weights, trajectory_loss
@@ -185,3 +186,32 @@ def test_codes_outside_the_lung_do_not_enter_the_loss():
         for p in (patient, dataclasses.replace(patient, indices=elsewhere))
     ]
     assert losses[0] == losses[1] > 0
+
+
+def test_a_variational_model_pays_for_its_random_part_and_a_deterministic_one_has_none():
+    ours = trainer(initial_state="variational")
+    done = ours.train(cohort(), steps=3)
+    assert done.losses["kl"] > 0
+    assert done.losses["loss"] == pytest.approx(
+        done.losses["recon"] + done.losses["diff"] + OdeTraining().kl_weight * done.losses["kl"], rel=1e-6
+    )
+    assert "kl" not in trainer().train(cohort(), steps=1).losses
+
+
+def test_the_divergence_from_the_prior_is_torchs():
+    mean, log_sd = torch.randn(3, 4), torch.randn(3, 4) / 3
+    state = InitialState(torch.zeros(3, 4, 1, 1, 1), mean, log_sd)
+    prior = torch.distributions.Normal(0.0, 1.0)
+    expected = torch.distributions.kl_divergence(torch.distributions.Normal(mean, log_sd.exp()), prior).sum(dim=1)
+    torch.testing.assert_close(state.kl(), expected)
+
+
+def test_a_stopped_variational_trainer_ends_with_the_same_weights(tmp_path):
+    straight, first, second = (trainer(seed=s, initial_state="variational") for s in (0, 0, 5))
+    straight.train(cohort(), steps=4)
+    first.train(cohort(), steps=2)
+    save_state(tmp_path / "ode", first.state())
+    second.restore(load_state(tmp_path / "ode"))
+    second.train(cohort(), steps=2)
+    for name, tensor in straight.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name

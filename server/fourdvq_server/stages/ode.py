@@ -7,9 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fourdvq.errors import TemporaryStop
-from fourdvq.models.latent_ode import LatentODE
-from fourdvq.plan import Plan
-from fourdvq.training.seeds import seeded
+from fourdvq.training.latent_ode import initial_ode
 from fourdvq.training.update import relative_norm
 from fourdvq.wire.messages import OdeTask, OdeUpdate
 from fourdvq_server.admission import late_joiners
@@ -28,7 +26,8 @@ def run(context: StageContext) -> dict[str, Any]:
     for text in damaged:
         context.notify(f"a round cannot be read and is repeated: {text}")
     if last is None:
-        weights, optimizer, done = initial_ode(context.plan), {}, 0
+        weights = {name: tensor.detach().clone() for name, tensor in initial_ode(context.plan).state_dict().items()}
+        optimizer, done = {}, 0
         stage.write_round(0, {"weights": weights, "server_state": {}}, {})
     else:
         weights, optimizer, done = dict(last.tensors["weights"]), dict(last.tensors["server_state"]), last.number
@@ -39,13 +38,6 @@ def run(context: StageContext) -> dict[str, Any]:
         weights, optimizer = _round(context, number, tokenizer, weights, optimizer)
         context.progress(NAME, number, rounds, "")
     return {"rounds": rounds}
-
-
-def initial_ode(plan: Plan) -> dict[str, Tensor]:
-    """The untrained network's weights, from the plan's seed."""
-    with seeded(plan.seed, "latent_ode"):
-        model = LatentODE(plan.temporal, plan.model.code_dim)
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def trained_ode(context: StageContext) -> dict[str, Tensor]:
