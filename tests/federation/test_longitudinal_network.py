@@ -10,9 +10,9 @@ from lifelines import CoxPHFitter
 from lifelines.utils import concordance_index
 
 from cox_sites import exchange_of, stage_context, survival_plan, table_sites
+from fourdvq.training.latent_ode import initial_ode
 from fourdvq_server.local_grid import LocalGrid
 from fourdvq_server.stages import longitudinal
-from fourdvq_server.stages.ode import initial_ode
 from survival_data import cohorts
 
 CODES = (0, 2)
@@ -38,7 +38,7 @@ def three(tmp_path):
 def compared(folder, plan, sites, codes=CODES):
     with LocalGrid(sites, one_at_a_time=True) as grid:
         context = stage_context(folder / "coordinator", grid, sites, plan)
-        context.store.stage("ode").write_round(1, {"weights": initial_ode(plan), "server_state": {}}, {})
+        context.store.stage("ode").write_round(1, {"weights": initial_ode(plan).state_dict(), "server_state": {}}, {})
         return longitudinal.compare(context, exchange_of(context), codes, sorted(sites)), context
 
 
