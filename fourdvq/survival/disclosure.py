@@ -26,7 +26,6 @@ PURPOSES = (
     "external",
     "assessment",
     "km",
-    "logrank",
 )
 
 

@@ -4,125 +4,24 @@ Every answer is a `Sums`: it defines `+`, and the sum of the sites' answers is t
 its dtype and the names of its axes; none of the axes is "patients" or "death times of a site", so no message can hold
 a row. Axes: B codes, M = B + 1 model columns (the last one is the model of the covariates alone), q covariates,
 p = 1 + q parameters (biomarker first), P = p(p+1)/2 (upper triangle row by row), A analyses (replicates times folds),
-m active models (in the order of `active.nonzero()`), k chosen codes, G points of a public time grid.
+m active models (in the order of `active.nonzero()`), k chosen codes, l = k + q parameters of the model of the chosen
+codes, G points of a public time grid, s versions of the same patients' codes (real, generated, carried).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import typing
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal
 
-import numpy as np
-import numpy.typing as npt
-
-from fourdvq.errors import WireError
+from fourdvq.survival.forms import F64 as F64
+from fourdvq.survival.forms import I64 as I64
+from fourdvq.survival.forms import MOMENT_BITS, ONE, SUM_BITS, U8, Axes
+from fourdvq.survival.forms import Bool as Bool
+from fourdvq.survival.forms import Message as Message
+from fourdvq.survival.forms import Sums as Sums
+from fourdvq.survival.forms import array_fields as array_fields
+from fourdvq.survival.forms import combine as combine
 from fourdvq.wire.forms import OptionalRunId, Sha256, Word
-
-F64 = npt.NDArray[np.float64]
-I64 = npt.NDArray[np.int64]
-U8 = npt.NDArray[np.uint8]
-Bool = npt.NDArray[np.bool_]
-MOMENT_BITS = 48  # fractional bits under masking: the range is small and a standard deviation is a difference
-SUM_BITS = 40  # resolution 9e-13, range +-8.4e6
-
-
-@dataclass(frozen=True)
-class Axes:
-    """The declared form of an array field: axis names, and fractional bits when it is masked (0: whole numbers)."""
-
-    names: tuple[str, ...]
-    bits: int = 0
-
-
-ONE: typing.Final = Axes(("one",))
-T = TypeVar("T", bound="Message")
-S = TypeVar("S", bound="Sums")
-
-
-class Message:
-    """A frozen dataclass whose array fields are `Annotated[array type, Axes(...)]`."""
-
-    def __post_init__(self) -> None:
-        sizes: dict[str, int] = {"one": 1}
-        for name, (dtype, axes) in array_fields(type(self)).items():
-            value = getattr(self, name)
-            if not isinstance(value, np.ndarray) or value.dtype != dtype or value.ndim != len(axes.names):
-                raise _bad(self, name, f"{len(axes.names)} axes of {dtype}")
-            for axis, size in zip(axes.names, value.shape, strict=True):
-                if sizes.setdefault(axis, size) != size:
-                    raise _bad(self, name, f"axis {axis} of one size in the whole message")
-
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """The array fields by name, in declared order."""
-        return {name: getattr(self, name) for name in array_fields(type(self))}
-
-    def scalars(self) -> dict[str, Any]:
-        """The other fields by name: numbers, words, tuples of words."""
-        names = array_fields(type(self))
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in names}  # type: ignore[arg-type]
-
-    @classmethod
-    def from_parts(cls, arrays: Mapping[str, npt.NDArray[Any]], scalars: Mapping[str, Any] | None = None) -> Self:
-        """The inverse of `arrays` and `scalars`; raises WireError E_MESSAGE for other fields than the declared ones."""
-        given = {**arrays, **(scalars or {})}
-        wanted = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        if set(given) != wanted:
-            raise WireError("E_MESSAGE", where=cls.__name__, found="other fields", wanted=", ".join(sorted(wanted)))
-        return cls(**given)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays; booleans count one bit."""
-        return sum(-(-a.size // 8) if a.dtype == bool else a.nbytes for a in self.arrays().values())
-
-
-class Sums(Message):
-    """An additive answer."""
-
-    def __add__(self, other: Self) -> Self:
-        if type(other) is not type(self) or self.scalars() != other.scalars():
-            return NotImplemented
-        mine, theirs = self.arrays(), other.arrays()
-        for name, value in mine.items():
-            if value.shape != theirs[name].shape:
-                raise _bad(other, name, "the same shape at every site")
-        return dataclasses.replace(self, **{name: mine[name] + theirs[name] for name in mine})  # type: ignore[type-var]
-
-
-_FIELDS: dict[str, dict[str, tuple[np.dtype[Any], Axes]]] = {}  # type hints are slow to resolve: once per class
-
-
-def array_fields(cls: type[Message]) -> dict[str, tuple[np.dtype[Any], Axes]]:
-    """Name -> (dtype, axes) of the array fields of a message class."""
-    if cls.__qualname__ not in _FIELDS:
-        _FIELDS[cls.__qualname__] = _read_fields(cls)
-    return _FIELDS[cls.__qualname__]
-
-
-def _read_fields(cls: type[Message]) -> dict[str, tuple[np.dtype[Any], Axes]]:
-    found = {}
-    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-        array, *forms = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
-        for axes in (form for form in forms if isinstance(form, Axes)):
-            found[name] = (np.dtype(typing.get_args(typing.get_args(array)[1])[0]), axes)
-    return found
-
-
-def combine(answers: Iterable[S]) -> S:
-    """The sum of the sites' answers to one request, in the order of site; raises WireError if there is none."""
-    items = list(answers)
-    if not items:
-        raise WireError("E_MESSAGE", found="no answer", wanted="one answer per site")
-    return functools.reduce(lambda a, b: a + b, items)
-
-
-def _bad(message: Message, name: str, wanted: str) -> WireError:
-    return WireError("E_MESSAGE", where=f"{type(message).__name__}.{name}", found="another form", wanted=wanted)
-
 
 # ---- requests, in the order of an analysis ----------------------------------------------------------------------
 
@@ -143,8 +42,9 @@ class HelloRequest(Message):
     sites: int = 1  # in this run; from the policy's number on, answers must be masked
     codebook_sha256: Sha256 = ""
     cohort: Literal["train", "test"] = "train"
-    source: Literal["real", "generated", "carried"] = "real"
+    source: Literal["real", "generated", "carried", "paired"] = "real"  # paired: all of them, for the same patients
     feature: Literal["level", "change"] = "level"
+    versions: int = 1  # equal parts that the table's codes consist of, one a source
 
 
 @dataclass(frozen=True)
@@ -165,11 +65,12 @@ class ScaleRequest(Message):
 class GridRequest(Message):
     """A public time grid: `edges` are the upper ends of its bins in days (the last bin is open); with `exact` the very
     death times, which only `disclosure="off"` answers. With `from_start` the bins all begin at the first edge (below 0:
-    at time 0) and end at the others: how far must a bin reach to be accepted?"""
+    at time 0) and end at the others: how far must a bin reach to be accepted? `group`: whose grid it is."""
 
     edges: Annotated[F64, Axes(("G",))]
     exact: bool = False
     from_start: bool = False
+    group: Literal["all", "low", "high"] = "all"
 
 
 @dataclass(frozen=True)
@@ -207,25 +108,51 @@ class PhRequest(Message):
 
 
 @dataclass(frozen=True)
-class KmRequest(Message):
-    """Deaths and patients at risk on the agreed grid."""
-
-
-@dataclass(frozen=True)
-class LogRankRequest(Message):
-    """Observed minus expected deaths, within the site, of the patients whose frozen risk z.beta is above 0."""
+class GroupRequest(Message):
+    """Divide the patients, once in an analysis: high is who has a frozen risk z.beta above 0, that of the training
+    mean. Grid, curves, log-rank test and calibration are then of these two groups."""
 
     beta: Annotated[F64, Axes(("p",))]  # the biomarker's first, in the units of the scale
 
 
 @dataclass(frozen=True)
+class KmRequest(Message):
+    """Deaths and patients at risk on the agreed grid of the group."""
+
+    group: Literal["all", "low", "high"] = "all"
+
+
+@dataclass(frozen=True)
+class LogRankRequest(Message):
+    """Observed minus expected deaths, within the site, of the group of high risk."""
+
+
+@dataclass(frozen=True)
+class CalibrationRequest(Message):
+    """The survival that the frozen model expects at every edge of the group's agreed grid, summed over the group."""
+
+    group: Literal["low", "high"] = "low"
+
+
+@dataclass(frozen=True)
+class PairedRequest(Message):
+    """Comparable pairs under the frozen model for every version of the patients' codes, with the second moments that
+    an interval needs."""
+
+    beta: Annotated[F64, Axes(("p",))]
+
+
+@dataclass(frozen=True)
 class ResultMessage(Message):
-    """What the sites are told at the end: estimates of the selected codes, never totals."""
+    """What the sites are told at the end: the model of the selected codes and the covariates, never totals. Estimates
+    are per SD; mean and SD are the broadcast ones."""
 
     codes: Annotated[I64, Axes(("k",))]
-    beta: Annotated[F64, Axes(("k", "p"))]
-    se: Annotated[F64, Axes(("k", "p"))]
-    p: Annotated[F64, Axes(("k", "p"))]
+    beta: Annotated[F64, Axes(("l",))]
+    se: Annotated[F64, Axes(("l",))]
+    p: Annotated[F64, Axes(("l",))]
+    mean: Annotated[F64, Axes(("l",))]
+    sd: Annotated[F64, Axes(("l",))]
 
 
 # ---- answers ----------------------------------------------------------------------------------------------------
@@ -327,6 +254,26 @@ class LogRankSums(Sums):
     variance: Annotated[F64, Axes(("one",), SUM_BITS)]
 
 
+@dataclass(frozen=True)
+class CalibrationSums(Sums):
+    """Patients of the group, and their expected survival, summed, at every edge."""
+
+    patients: Annotated[I64, ONE]
+    expected: Annotated[F64, Axes(("G",), SUM_BITS)]
+
+
+@dataclass(frozen=True)
+class PairedSums(Sums):
+    """`credit`: twice the concordant plus the tied pairs of each version. `products`: upper triangle, summed over
+    patients, of the products of (a patient's credit in each version, a patient's pairs)."""
+
+    patients: Annotated[I64, ONE]
+    deaths: Annotated[I64, ONE]
+    pairs: Annotated[I64, ONE]
+    credit: Annotated[I64, Axes(("s",))]
+    products: Annotated[I64, Axes(("K2",))]
+
+
 # Flower type `query.<name>` -> (request, answer). `cox_eval` answers RiskSums when the baseline is shared.
 MESSAGES: dict[str, tuple[type[Message], type[Sums]]] = {
     "cox_hello": (HelloRequest, Receipt),
@@ -337,8 +284,11 @@ MESSAGES: dict[str, tuple[type[Message], type[Sums]]] = {
     "cox_cindex": (PairRequest, PairCounts),
     "cox_corr": (CorrelationRequest, CorrelationSums),
     "cox_ph": (PhRequest, PhSums),
+    "cox_groups": (GroupRequest, Receipt),
     "cox_km": (KmRequest, KmSums),
     "cox_logrank": (LogRankRequest, LogRankSums),
+    "cox_calibration": (CalibrationRequest, CalibrationSums),
+    "cox_paired": (PairedRequest, PairedSums),
     "cox_result": (ResultMessage, Receipt),
 }
 

@@ -31,6 +31,7 @@ from fourdvq.survival.messages import (
     MomentsRequest,
     PairRequest,
     PhRequest,
+    ResultMessage,
     RiskSums,
     ScaleRequest,
     Sums,
@@ -141,7 +142,8 @@ class ModelRun(CoxRun[ModelResult]):
 
     `ridge` per SD, or `penalizer` in lifelines' meaning (ridge = n * penalizer). `count`: which rows the concordance is
     counted on, "" for none. `grid`: exact death times, for a shared baseline with disclosure off. `ph`: transform of
-    time for the test of proportional hazards of the covariates' model in fold 0, "" for none.
+    time for the test of proportional hazards of the covariates' model in fold 0, "" for none. `announce`: tell the
+    sites the model of `hello.codes` and the covariates at the end.
     """
 
     def __init__(
@@ -155,8 +157,9 @@ class ModelRun(CoxRun[ModelResult]):
         count: Literal["", "validation", "training"] = "",
         grid: GridRequest | None = None,
         ph: Literal["", "log", "identity"] = "",
+        announce: bool = False,
     ) -> None:
-        super().__init__(_model_steps(hello, settings, (ridge, penalizer), per_column, count, grid, ph))
+        super().__init__(_model_steps(hello, settings, (ridge, penalizer), per_column, count, grid, ph, announce))
 
 
 def open_study(hello: HelloRequest, settings: Settings, grid: GridRequest | None = None) -> Steps[Study]:
@@ -176,7 +179,8 @@ def agree_grid(grid: GridRequest) -> Steps[GridRequest]:
     if grid.exact:
         return grid
     if not (sums.accepting == sums.sites).all():
-        grid = yield from _joined(grid.edges, sums.accepting == sums.sites)
+        edges = yield from _joined(grid.edges, sums.accepting == sums.sites, group=grid.group)
+        grid = replace(grid, edges=edges)
         sums = yield grid
     while (coarser := merged_grid(grid, sums)) is not None:
         grid = coarser
@@ -184,14 +188,40 @@ def agree_grid(grid: GridRequest) -> Steps[GridRequest]:
     return grid
 
 
-def _joined(edges: F64, accepted: Bool) -> Steps[GridRequest]:
-    """Keep accepted bins; from a bin that is not, reach as far as every site needs, one question per joined bin."""
+def agree_group_grid(group: Literal["low", "high"], bin_days: float, horizons: F64) -> Steps[GridRequest]:
+    """As `agree_grid` for one risk group, keeping those of the `horizons` (days on the lattice) that every site accepts
+    as edges, and the finest bins between them."""
+    fine = first_grid(bin_days).edges
+    coarse = yield from agree_grid(GridRequest(edges=np.append(horizons, fine[-1]), group=group))
+    parts, start = [], -1.0
+    for end in coarse.edges:
+        inner = fine[(fine > start) & (fine <= end)]
+        joined = yield from _joined(inner, np.zeros(len(inner), dtype=bool), start=start, group=group)
+        parts.append(joined)
+        start = float(end)
+    grid = GridRequest(edges=np.concatenate(parts), group=group)
+    sums = yield grid
+    accepted = sums.accepting == sums.sites
+    if not accepted.all():  # the last bin of a part took in too few: those parts stay whole
+        sizes = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        sound = [bool(accepted[sizes == k].all()) for k in range(len(parts))]
+        edges = [part if good else part[-1:] for part, good in zip(parts, sound, strict=True)]
+        grid = GridRequest(edges=np.concatenate(edges), group=group)
+        yield grid
+    return grid
+
+
+def _joined(
+    edges: F64, accepted: Bool, *, start: float = -1.0, group: Literal["all", "low", "high"] = "all"
+) -> Steps[F64]:
+    """Edges of bins from `start` on: accepted ones stay; one that is not reaches as far as every site needs, one
+    question per joined bin."""
     kept: list[float] = []
     g = 0
     while g < len(edges):
         if not accepted[g]:
-            start = edges[g - 1] if g else -1.0
-            reach = yield GridRequest(edges=np.append(start, edges[g:]), from_start=True)
+            before = edges[g - 1] if g else start
+            reach = yield GridRequest(edges=np.append(before, edges[g:]), from_start=True, group=group)
             enough = np.flatnonzero((reach.accepting == reach.sites)[1:])
             if not len(enough):
                 break
@@ -200,7 +230,7 @@ def _joined(edges: F64, accepted: Bool) -> Steps[GridRequest]:
         g += 1
     if g < len(edges):  # too few are left for a bin of their own
         kept = [*kept[:-1], float(edges[-1])]
-    return GridRequest(edges=np.array(kept))
+    return np.array(kept)
 
 
 def fit(
@@ -253,6 +283,7 @@ def _model_steps(
     count: Literal["", "validation", "training"],
     grid: GridRequest | None,
     transform: Literal["", "log", "identity"],
+    announce: bool,
 ) -> Steps[ModelResult]:
     study = yield from open_study(hello, settings, grid)
     ridge = penalties[0] + penalties[1] * float(study.total.n[0])
@@ -266,4 +297,8 @@ def _model_steps(
         beta = np.nan_to_num(fits.beta[0, -1])
         sums = yield PhRequest(beta=beta, transform=transform)
         result = replace(result, ph=ph_test(sums, np.nan_to_num(fits.covariance[0, -1])))
+    if announce and fits.ok[0, -1]:
+        beta, se, p = (values[0, -1, 1:] for values in (fits.beta, fits.se, fits.p))
+        codes = np.array(hello.codes, dtype=np.int64)
+        yield ResultMessage(codes, beta, se, p, mean=study.scale.mean, sd=study.scale.sd)
     return result

@@ -10,6 +10,8 @@ Axes: G grid points, Q = 1 + p + p(p+1)/2 sums, m models, A analyses.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from fourdvq.survival.cox import Prepared, chunks, likelihood
@@ -44,7 +46,7 @@ def merged_grid(request: GridRequest, total: GridSums) -> GridRequest | None:
             g += 2
     if keep.all():
         keep[-2] = False
-    return GridRequest(edges=request.edges[keep])
+    return replace(request, edges=request.edges[keep])
 
 
 def grid_sums(request: GridRequest, t: F64, e: Bool, policy: Policy | None) -> GridSums:

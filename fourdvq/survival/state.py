@@ -6,28 +6,29 @@ rows, and writes an audit line, for a refusal too. The network handlers and the 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import hmac
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from fourdvq.config import sha256_of
-from fourdvq.errors import FourdvqError, SurvivalError
+from fourdvq.errors import FourdvqError
 from fourdvq.survival import disclosure as rules
-from fourdvq.survival.concordance import pair_counts, risks
+from fourdvq.survival.concordance import pair_counts
 from fourdvq.survival.cox import Prepared, evaluate, prepare
 from fourdvq.survival.disclosure import AuditLine, Budget, Policy, RunRegister, refuse
-from fourdvq.survival.folds import assign_folds, folds_digest, permutation, training_rows
+from fourdvq.survival.folds import permutation
+from fourdvq.survival.frozen import calibration_sums, paired_sums, risk_groups
 from fourdvq.survival.kaplan_meier import km_sums, logrank_sums
 from fourdvq.survival.masking import MaskedSums, Masker
 from fourdvq.survival.messages import (
     F64,
     I64,
-    Bool,
+    CalibrationRequest,
+    CalibrationSums,
     CorrelationRequest,
     CorrelationSums,
     CoxMoments,
@@ -35,6 +36,7 @@ from fourdvq.survival.messages import (
     CoxSums,
     GridRequest,
     GridSums,
+    GroupRequest,
     HelloRequest,
     KmRequest,
     KmSums,
@@ -43,6 +45,8 @@ from fourdvq.survival.messages import (
     Message,
     MomentsRequest,
     PairCounts,
+    PairedRequest,
+    PairedSums,
     PairRequest,
     PhRequest,
     PhSums,
@@ -55,9 +59,8 @@ from fourdvq.survival.messages import (
 from fourdvq.survival.proportional import ph_sums
 from fourdvq.survival.scale import site_moments
 from fourdvq.survival.shared import grid_sums, risk_messages
+from fourdvq.survival.study import Study, open_study, rows_of, train_of
 from fourdvq.survival.table import CoxSite, strata_of
-
-MISSING_IDS = "pseudonyms of the patients"
 
 
 @dataclass(frozen=True)
@@ -68,21 +71,6 @@ class SiteCard:
     cohort: str
     folds: str
     policy: str
-
-
-@dataclass
-class _Study:
-    """The analysis in progress."""
-
-    hello: HelloRequest
-    site: CoxSite  # with training rows
-    allowed: Bool  # (B,)
-    moments_sent: bool = False
-    prepared: Prepared | None = None
-    kept: Bool = field(default_factory=lambda: np.zeros(0, dtype=bool))
-    grid: GridRequest | None = None
-    correlated: bool = False
-    folds_digest: str = ""
 
 
 class CoxSiteState:
@@ -109,7 +97,7 @@ class CoxSiteState:
         self.audit: list[AuditLine] = []
         most = self.policy.max_evaluations if self.policy else 1 << 30
         self._budget, self._pairs = Budget(most), Budget(most)
-        self._study: _Study | None = None
+        self._study: Study | None = None
 
     def answer(self, request: Message) -> Sums:
         """The site's sums for one request."""
@@ -146,29 +134,24 @@ class CoxSiteState:
     def _hello(self, request: HelloRequest) -> Receipt:
         if request.codebook_sha256 != self.codebook_sha256:
             raise refuse("codebook")
-        site, digest = self._with_folds(request)
-        if request.codes:
-            site = self._with_codes(site, request.codes)
-        allowed = np.ones(site.X.shape[1], dtype=bool)
+        study = open_study(self.site, request, self.key, self.policy)
         if self.policy:
             self._check_hello(self.policy, request)
-            rules.check_cohort(self.policy, site, _train(site))
-            allowed = rules.allowed_codes(self.policy, site.X[_rows(site)])
+            rules.check_cohort(self.policy, study.site, train_of(study.site))
+            study.allowed = rules.allowed_codes(self.policy, study.site.X[rows_of(study.site)])
             # Last, so that a refused analysis is not one that was begun. The table's own digest, not its HMAC: another
             # key must not look like another cohort.
             key_digest = hashlib.sha256(b"key:" + self.key).hexdigest()
             attempts = self.policy.max_attempts
             self.register.claim(self.site.digest, key_digest, request.purpose, request.run, attempts=attempts)
-        self._study = _Study(hello=request, site=site, allowed=allowed, folds_digest=digest)
+        self._study = study
         most = self._budget.most
         self._budget, self._pairs = Budget(most), Budget(most)
         return _receipt()
 
     def _moments(self, _: MomentsRequest) -> CoxMoments:
         study = self._begun()
-        if self.policy and study.moments_sent:
-            raise refuse("max_evaluations")
-        study.moments_sent = True
+        study.once("moments", self.policy)
         return site_moments(study.site, allowed=study.allowed)
 
     def _scale(self, request: ScaleRequest) -> Receipt:
@@ -181,32 +164,36 @@ class CoxSiteState:
         if self.policy:
             if study.prepared is not None:
                 raise refuse("scale")
-            values = np.column_stack([study.site.X, study.site.C])[_rows(study.site)]
+            values = np.column_stack([study.site.X, study.site.C])[rows_of(study.site)]
             watched = np.concatenate([request.kept, np.ones(study.site.C.shape[1], dtype=bool)])
             own = values.std(axis=0)
             if (request.sd < self.policy.min_sd_ratio * own)[watched].any():
                 raise refuse("scale")
-        study.kept = request.kept
+        study.kept, study.mean, study.sd = request.kept, request.mean, request.sd
         study.prepared = prepare(study.site, request, ties=study.hello.ties, shuffle=self._shuffle)
         return _receipt()
 
     def _grid(self, request: GridRequest) -> GridSums:
         study = self._begun()
+        own = study.members(request.group)
         if self.policy:
+            if request.group in study.used:
+                raise refuse("times")
             rules.check_grid(self.policy, request)
-        sums = grid_sums(request, study.site.t, study.site.e, self.policy)
+        sums = grid_sums(request, study.site.t[own], study.site.e[own], self.policy)
         if not request.from_start:
-            study.grid = request if sums.accepting.all() else None
+            study.grids.pop(request.group, None)
+            if sums.accepting.all():
+                study.grids[request.group] = request
         return sums
 
     def _cox(self, request: CoxRequest) -> CoxSums | RiskSums:
         prepared = self._ready(request, self._budget)
-        policy, grid = self.policy, self._begun().grid
+        policy, study = self.policy, self._begun()
         least = policy.min_effective_patients if policy else 0.0
-        if self._begun().hello.baseline == "site":
+        if study.hello.baseline == "site":
             return evaluate(prepared, request, min_effective=least)
-        if grid is None:
-            raise refuse("times")
+        grid = study.used_grid()
         bound = policy.max_abs_eta if policy else rules.OFF_ABS_ETA
         return risk_messages(prepared, request, grid, max_abs_eta=bound, min_effective=least)
 
@@ -221,59 +208,60 @@ class CoxSiteState:
         codes = request.codes
         if ((codes < 0) | (codes >= len(study.kept))).any() or not study.kept[codes].all():
             raise refuse("withheld_code")
-        if self.policy and (study.correlated or len(codes) > self.policy.max_correlated):
+        if self.policy and len(codes) > self.policy.max_correlated:
             raise refuse("max_evaluations")
-        study.correlated = True
-        z = prepared.Z[_rows(study.site)][:, codes]
+        study.once("correlations", self.policy)
+        z = prepared.Z[rows_of(study.site)][:, codes]
         a, b = np.triu_indices(len(codes))
         n = np.array([len(z)], dtype=np.int64)
         return CorrelationSums(n=n, sx=z.sum(axis=0), sxx=(z[:, a] * z[:, b]).sum(axis=0))
 
     def _ph(self, request: PhRequest) -> PhSums:
         self._check_frozen(request.beta)
+        self._begun().once("ph", self.policy)
         return ph_sums(self._scaled(), request)
 
-    def _km(self, _: KmRequest) -> KmSums:
+    def _group(self, request: GroupRequest) -> Receipt:
         study = self._begun()
-        if study.grid is None:
-            raise refuse("times")
-        return km_sums(study.site.t, study.site.e, study.grid)
-
-    def _logrank(self, request: LogRankRequest) -> LogRankSums:
         self._check_frozen(request.beta)
-        prepared, site = self._scaled(), self._begun().site
-        high = risks(prepared.Z[:, -1:], prepared.C, request.beta[None])[1][:, 0] > 0
+        if self.policy and (study.high is not None or study.used):
+            raise refuse("one_split")
+        high = risk_groups(self._scaled(), request.beta)
         if self.policy and min(high.sum(), (~high).sum()) < self.policy.min_class:
             raise refuse("min_class")
-        return logrank_sums(site.t, site.e, high, strata_of(site))
+        study.high, study.group_beta = high, request.beta
+        study.grids.clear()
+        return _receipt()
 
-    def _result(self, _: ResultMessage) -> Receipt:
+    def _km(self, request: KmRequest) -> KmSums:
+        study = self._begun()
+        own = study.members(request.group)
+        return km_sums(study.site.t[own], study.site.e[own], study.used_grid(request.group))
+
+    def _logrank(self, _: LogRankRequest) -> LogRankSums:
+        study = self._begun()
+        return logrank_sums(study.site.t, study.site.e, study.members("high"), strata_of(study.site))
+
+    def _calibration(self, request: CalibrationRequest) -> CalibrationSums:
+        study, own = self._begun(), self._begun().members(request.group)
+        return calibration_sums(self._scaled(), study.group_beta, own, study.used_grid(request.group))
+
+    def _paired(self, request: PairedRequest) -> PairedSums:
+        study, prepared = self._begun(), self._scaled()
+        self._check_frozen(request.beta)
+        study.once("paired", self.policy)
+        others = study.standardised_others()
+        if self.policy is None:
+            return paired_sums(prepared, others, request.beta)
+        least, deaths = self.policy.min_pairs, self.policy.min_pair_deaths
+        return paired_sums(prepared, others, request.beta, min_pairs=least, min_deaths=deaths)
+
+    def _result(self, request: ResultMessage) -> Receipt:
+        if tuple(request.codes.tolist()) != self._begun().hello.codes:
+            raise refuse("shape")
         return _receipt()
 
     # ---- helpers
-
-    def _with_folds(self, request: HelloRequest) -> tuple[CoxSite, str]:
-        site = self.site
-        if request.folds < 0:
-            return site, ""
-        if request.folds == 0:
-            return dataclasses.replace(site, train=np.ones((1, len(site.t)), dtype=bool)), ""
-        if site.ids is None:
-            raise SurvivalError("E_SURVIVAL_INPUT", where="column ids", found="nothing", wanted=MISSING_IDS)
-        fold = assign_folds(site.ids, site.e, folds=request.folds, key=self.key, site=site.name, mode=request.fold_mode)
-        train = training_rows(fold, request.folds)
-        return dataclasses.replace(site, train=train), folds_digest(site.ids, fold, key=self.key)
-
-    def _with_codes(self, site: CoxSite, codes: tuple[int, ...]) -> CoxSite:
-        """The site with these codes as first covariates and no code columns: one model of all of them."""
-        if min(codes) < 0 or max(codes) >= site.X.shape[1] or len(set(codes)) < len(codes):
-            raise refuse("withheld_code")
-        chosen = site.X[:, list(codes)]
-        policy, own = self.policy, chosen[_rows(site)]
-        if policy and (len(codes) > policy.max_correlated or not rules.allowed_codes(policy, own).all()):
-            raise refuse("withheld_code")
-        names = (*(f"code_{code}" for code in codes), *site.names) if site.names else ()
-        return dataclasses.replace(site, X=site.X[:, :0], C=np.column_stack([chosen, site.C]), names=names)
 
     def _check_hello(self, policy: Policy, request: HelloRequest) -> None:
         if request.purpose not in policy.purposes:
@@ -282,7 +270,7 @@ class CoxSiteState:
         if request.sites >= policy.masking_from and self.masker is None:
             raise refuse("masking")
 
-    def _begun(self) -> _Study:
+    def _begun(self) -> Study:
         if self._study is None:
             raise refuse("order")
         return self._study
@@ -342,18 +330,13 @@ _HANDLERS: dict[type[Message], Callable[[CoxSiteState, Any], Sums]] = {
     PairRequest: CoxSiteState._pair,
     CorrelationRequest: CoxSiteState._correlation,
     PhRequest: CoxSiteState._ph,
+    GroupRequest: CoxSiteState._group,
     KmRequest: CoxSiteState._km,
     LogRankRequest: CoxSiteState._logrank,
+    CalibrationRequest: CoxSiteState._calibration,
+    PairedRequest: CoxSiteState._paired,
     ResultMessage: CoxSiteState._result,
 }
-
-
-def _train(site: CoxSite) -> Bool:
-    return np.ones((1, len(site.t)), dtype=bool) if site.train is None else np.asarray(site.train)
-
-
-def _rows(site: CoxSite) -> Bool:
-    return np.asarray(_train(site).any(axis=0))
 
 
 def _receipt() -> Receipt:

@@ -363,7 +363,7 @@ def _cox_reply(action: str, sums: type) -> type[CoxReply]:
 
 
 # An external site sees frozen coefficients and returns pair counts, nothing else.
-EXTERNAL_COX = frozenset({"cox_hello", "cox_scale", "cox_cindex", "cox_result"})
+EXTERNAL_COX = frozenset({"cox_hello", "cox_scale", "cox_cindex", "cox_paired", "cox_result"})
 COX_TASKS: dict[str, type[CoxTask]] = {f"query.{a}": _cox_task(a, request) for a, (request, _) in COX_MESSAGES.items()}
 COX_REPLIES: dict[str, type[CoxReply]] = {f"query.{a}": _cox_reply(a, sums) for a, (_, sums) in COX_MESSAGES.items()}
 RiskReply = _cox_reply("risk", RiskSums)  # to `query.cox_eval` where the baseline hazard is shared

@@ -13,7 +13,7 @@ from lifelines.utils import concordance_index
 
 from fourdvq.survival import CoxSiteState, Policy, Settings
 from fourdvq.survival.concordance import comparable, count
-from fourdvq.survival.curves import CurveRun, FrozenRun, FrozenScore, LogRankRun
+from fourdvq.survival.curves import CurveRun, FrozenRun, FrozenScore
 from fourdvq.survival.kaplan_meier import km_curve, km_sums, logrank_sums, logrank_test
 from fourdvq.survival.local import drive
 from fourdvq.survival.messages import GridRequest, HelloRequest, combine
@@ -106,18 +106,6 @@ def test_frozen_coefficients_at_an_external_site_need_pair_counts_only():
     risk = ((frame - score.mean) / score.sd * score.beta).sum(axis=1)
     assert c == pytest.approx(concordance_index(sites[0].t, -risk, sites[0].e), abs=1e-12)
     assert [line.kind for line in state.audit] == ["HelloRequest", "ScaleRequest", "PairRequest"]
-
-
-def test_logrank_of_frozen_risk_groups_equals_lifelines_at_one_site():
-    site, codes = cohorts([80], codes=6)[0], (2, 0)
-    score = frozen_score([site], list(codes))
-    state = CoxSiteState(site, Policy(), KEY)
-    chi2, p = drive(LogRankRun(HelloRequest(folds=0, codes=codes, purpose="logrank", run="r"), score), [state])
-    columns = np.column_stack([site.X[:, codes], site.C])
-    high = ((columns - score.mean) / score.sd) @ score.beta > 0
-    theirs = lifelines_logrank(site.t[high], site.t[~high], site.e[high], site.e[~high])
-    assert chi2 == pytest.approx(theirs.test_statistic, rel=1e-9)
-    assert p == pytest.approx(theirs.p_value, rel=1e-9)
 
 
 def test_within_site_concordance_sums_counts_and_does_not_average():

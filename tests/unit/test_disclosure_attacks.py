@@ -13,7 +13,10 @@ from fourdvq.survival import CoxSiteState, Policy, SelectionRun, Settings
 from fourdvq.survival.messages import (
     CoxRequest,
     GridRequest,
+    GroupRequest,
     HelloRequest,
+    KmRequest,
+    LogRankRequest,
     MomentsRequest,
     array_fields,
 )
@@ -203,3 +206,54 @@ def test_the_broadcast_scale_hides_the_exact_totals_and_moves_no_estimate():
     np.testing.assert_allclose(rounded.study.scale.sd, digits, rtol=1e-12)
     z = [(f.fits.beta / f.fits.se)[0, :-1] for f in fitted]
     np.testing.assert_allclose(z[0], z[1], atol=1e-7)
+
+
+def deaths_between(state, first, second) -> Any:
+    """Deaths between the edges of two grids, each of which the site accepts alone."""
+    state.answer(HelloRequest(folds=0, run="r1", purpose="km"))
+    found = []
+    for edge in (first, second):
+        state.answer(GridRequest(edges=np.array([edge, 7290.0])))
+        found.append(int(state.answer(KmRequest()).deaths[0]))
+    return found[1] - found[0]
+
+
+def test_two_grids_date_a_single_death_with_rules_off_and_the_second_is_refused_with_rules_on():
+    site = cohort(98, codes=3)
+    counts = [int((site.e & (site.t > 30.0 * k) & (site.t <= 30.0 * (k + 1))).sum()) for k in range(8, 20)]
+    start = 30.0 * (8 + counts.index(1))  # a month in which exactly one patient died
+    assert deaths_between(site_state(site, "off", KEY), start, start + 30.0) == 1
+    with pytest.raises(Refused, match="times"):
+        deaths_between(site_state(site, Policy(), KEY), start, start + 30.0)
+
+
+def logrank_of_two_splits(state, betas) -> list[float]:
+    state.answer(HelloRequest(folds=0, run="r1"))
+    state.answer(scale_from_moments(state.answer(MomentsRequest()), rounded=False))
+    found = []
+    for beta in betas:
+        state.answer(GroupRequest(beta=beta))
+        found.append(float(state.answer(LogRankRequest()).observed_minus_expected[0]))
+    return found
+
+
+def test_moving_one_patient_over_the_cut_tells_event_and_hazard_with_rules_off_and_is_refused_with_rules_on():
+    site = cohort(60, codes=3)
+    z = (site.C - site.C.mean(axis=0)) / site.C.std(axis=0, ddof=1)
+    # A second division that differs in one patient: the one nearest to the cut changes sides first.
+    first = np.array([0.0, 1.0, 0.2, 0.0])
+    risk = z @ first[1:]
+    for step in np.linspace(0.0, 0.4, 4001):
+        second = np.array([0.0, 1.0, 0.2, step])
+        moved = np.flatnonzero((risk > 0) != (z @ second[1:] > 0))
+        if len(moved):
+            break
+    assert len(moved) == 1
+    (patient,) = moved
+    before, after = logrank_of_two_splits(site_state(site, "off", KEY), (first, second))
+    at_risk = np.array([(site.t >= u).sum() for u in site.t[site.e]])
+    hazard = (1.0 / at_risk)[site.t[site.e] <= site.t[patient]].sum()
+    sign = 1.0 if z[patient] @ second[1:] > 0 else -1.0
+    assert sign * (after - before) == pytest.approx(float(site.e[patient]) - hazard, abs=1e-9)
+    with pytest.raises(Refused, match="one_split"):
+        logrank_of_two_splits(site_state(site, Policy(), KEY), (first, second))

@@ -14,14 +14,18 @@ from fourdvq.survival.disclosure import RunRegister, allowed_codes, check_cohort
 from fourdvq.survival.local import drive, share_masks
 from fourdvq.survival.masking import encode, unmask_total
 from fourdvq.survival.messages import (
+    CalibrationRequest,
     CorrelationRequest,
     CoxRequest,
     GridRequest,
+    GroupRequest,
     HelloRequest,
     KmRequest,
     LogRankRequest,
     MomentsRequest,
+    PairedRequest,
     PairRequest,
+    PhRequest,
     ResultMessage,
     ScaleRequest,
 )
@@ -155,7 +159,8 @@ def test_coefficients_above_the_cap_are_refused(beta):
     state = state_of()
     opened(state)
     assert_refuses(state, request(state, beta), "max_abs_beta")
-    assert_refuses(state, LogRankRequest(beta=np.array([0.0, beta, 0.0, 0.0])), "max_abs_beta")
+    for frozen in (GroupRequest, PairedRequest, PhRequest):
+        assert_refuses(state, frozen(beta=np.array([0.0, beta, 0.0, 0.0])), "max_abs_beta")
     state.answer(request(state, 0.5))
 
 
@@ -283,6 +288,42 @@ def test_exact_times_and_narrow_bins_are_refused():
     assert_refuses(state, KmRequest(), "times")
 
 
+def test_patients_are_divided_once_and_counted_on_one_grid():
+    state = state_of(cohort(120, codes=4))
+    opened(state)
+    assert_refuses(state, LogRankRequest(), "order")
+    lone = np.array([0.0, 3.0, 0.0, 0.0])
+    state.answer(GroupRequest(beta=np.array([0.0, 0.5, 0.1, 0.1])))
+    assert_refuses(state, GroupRequest(beta=lone), "one_split")
+    whole = GridRequest(edges=np.array([7290.0]), group="low")
+    assert_refuses(state, dataclasses.replace(whole, group="all"), "order")
+    state.answer(whole)
+    assert_refuses(state, KmRequest(group="high"), "times")
+    state.answer(KmRequest(group="low"))
+    state.answer(CalibrationRequest(group="low"))
+    assert_refuses(state, whole, "times")
+    state.answer(dataclasses.replace(whole, group="high"))
+    for message in (PhRequest(beta=lone), PairedRequest(beta=lone)):
+        state.answer(message)
+        assert_refuses(state, message, "max_evaluations")
+
+
+def test_a_risk_group_of_a_few_patients_is_refused():
+    site = cohort(60, codes=4)
+    columns = site.C.copy()
+    columns[:, 0] = np.where(np.arange(60) < 4, 9.0, np.linspace(-0.1, 0.1, 60))
+    state = state_of(dataclasses.replace(site, C=columns))
+    opened(state)
+    assert_refuses(state, GroupRequest(beta=np.array([0.0, 1.0, 0.0, 0.0])), "min_class")
+
+
+def test_a_result_for_other_codes_than_those_of_the_analysis_is_refused():
+    state = state_of()
+    opened(state)
+    result = ResultMessage(np.array([1]), *(np.ones(4) for _ in range(5)))
+    assert_refuses(state, result, "shape")
+
+
 def test_requests_out_of_order_or_of_another_shape_are_refused():
     state = state_of()
     for message in (MomentsRequest(), request(state), KmRequest()):
@@ -356,7 +397,7 @@ def test_audit_lines_hold_shapes_and_digests_and_no_values():
     state = state_of()
     opened(state)
     state.answer(request(state, 0.25))
-    state.answer(ResultMessage(np.array([1]), np.zeros((1, 4)), np.ones((1, 4)), np.ones((1, 4))))
+    state.answer(ResultMessage(np.zeros(0, dtype=np.int64), *(np.ones(3) for _ in range(5))))
     assert [line.rule for line in state.audit] == [""] * 5
     assert len({line.digest for line in state.audit}) == 5
     assert "0.25" not in str(state.audit)
