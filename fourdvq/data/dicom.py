@@ -1,99 +1,79 @@
-"""DICOM headers: which files of a folder are CT slices, and which of them belong together. Pixels are not read here.
+"""DICOM folders: which files are CT slices, and which of them belong together. Pixels are not read here.
 
-Everything read from a header stays in memory at the site; what may be written on is decided in `series.py` and in the
-preparation, by a whitelist. Source of the tag names and meanings: DICOM PS3.3, CT image module and image plane module.
+A file with a damaged header may not be lost without a word: what still looks like a slice of a series but stands
+outside it is kept beside it as a stray, and the series is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pydicom
-from pydicom.errors import InvalidDicomError
+import numpy as np
 
-from fourdvq.data.volume import ARCHIVE_SUFFIXES
+from fourdvq.data.dicom_file import SECONDARY_CAPTURE, SliceHeader, read_headers
+from fourdvq.data.limits import ARCHIVE_SUFFIXES
+from fourdvq.data.walk import walk_files
 from fourdvq.errors import VolumeError
 
+__all__ = ["FolderScan", "SeriesCandidate", "SliceHeader", "find_series", "group_slices", "scan_files", "scan_folder"]
+
 ORIENTATION_TOLERANCE = 1e-4
-_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-_TAGS = [
-    "SOPClassUID", "Modality", "ImageType", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "PatientID",
-    "PatientBirthDate", "PatientSex", "StudyDate", "Rows", "Columns", "PixelSpacing", "ImagePositionPatient",
-    "ImageOrientationPatient", "RescaleSlope", "RescaleIntercept", "AcquisitionNumber", "ConvolutionKernel",
-    "SeriesDescription", "ProtocolName", "SliceThickness", "BurnedInAnnotation", "ContrastBolusAgent",
-    "PatientPosition", "NumberOfFrames",
-]  # fmt: skip
-# pydicom logs header values with its warnings; a log may hold no patient's value.
-logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-
-
-@dataclass(frozen=True)
-class SliceHeader:
-    """What one file's header says; None where a tag is absent or not a number."""
-
-    path: Path
-    modality: str
-    image_type: tuple[str, ...]
-    sop_class: str
-    transfer_syntax: str  # empty if the file has no preamble and so does not say
-    study: str
-    series: str
-    frame_of_reference: str
-    patient_id: str
-    birth_date: str
-    sex: str
-    study_date: str
-    rows: int
-    columns: int
-    pixel_spacing: tuple[float, ...] | None  # between rows, between columns, in mm
-    position: tuple[float, ...] | None  # LPS mm of the first pixel's centre
-    orientation: tuple[float, ...] | None  # direction of a row, direction of a column
-    slope: float | None
-    intercept: float | None
-    acquisition: str
-    kernel: str
-    description: str
-    thickness: float | None
-    burned_in: bool
-    contrast: bool
-    patient_position: str
-    frames: int
-
-    @property
-    def has_geometry(self) -> bool:
-        """Whether position, orientation and pixel spacing are all there."""
-        return None not in (self.position, self.orientation, self.pixel_spacing)
+FRAGMENT_SLICES = 2  # so few slices that they may be the damaged ones of another series
+_LATTICE_TOLERANCE = 0.02  # of the spacing
+_SIDEWAYS_MM = 0.5
 
 
 @dataclass(frozen=True)
 class SeriesCandidate:
-    """Files that form one volume, as far as headers tell; `warnings` are W_ codes."""
+    """Images that form one volume, as far as headers tell; `warnings` are W_ codes.
+
+    `strays` are images that are not part of it although they lie where one of its slices is missing.
+    """
 
     slices: tuple[SliceHeader, ...]
     warnings: tuple[str, ...] = ()
+    strays: tuple[SliceHeader, ...] = ()
 
     @property
     def first(self) -> SliceHeader:
         """Any slice stands for what is equal in all of them."""
         return self.slices[0]
 
-    @property
+    @cached_property
     def study_key(self) -> str:
         """An opaque name of the study: a hash, because the UID itself may not be passed on."""
-        return hashlib.sha256(self.first.study.encode()).hexdigest()[:16]
+        return "study-" + _digest(self.first.study)
+
+    @cached_property
+    def series_key(self) -> str:
+        """An opaque name of this part of the series, the same whatever the order and the names of the files."""
+        head = self.first
+        direction = "" if head.orientation is None else [round(v, 2) + 0.0 for v in head.orientation]
+        return "series-" + _digest(repr((head.series, _part_key(head), direction)))
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """The files of the slices and strays, sorted."""
+        return tuple(sorted({s.path for s in (*self.slices, *self.strays)}))
+
+    @cached_property
+    def coverage_mm(self) -> float:
+        """Extent along the slice normal, outer edges included; 0 where geometry is missing."""
+        places = _places(self)
+        if places is None:
+            return 0.0
+        return float(places[-1] - places[0]) * len(places) / max(1, len(places) - 1)
 
 
 @dataclass(frozen=True)
 class FolderScan:
-    """Candidates of a folder, and how many files were left out for which reason."""
+    """Candidates of a folder, how many files were left out for which reason, and the files that are damaged."""
 
     candidates: tuple[SeriesCandidate, ...]
     skipped: Counter[str] = field(default_factory=Counter)
@@ -105,55 +85,35 @@ def find_series(folder: Path) -> list[SeriesCandidate]:
     return list(scan_folder(folder).candidates)
 
 
-def scan_folder(folder: Path) -> FolderScan:
+def scan_folder(folder: Path, progress: Callable[[int, int], None] | None = None) -> FolderScan:
     """Read the headers of all files below `folder` and group the CT slices into series.
 
-    Counted as skipped: E_NOTCT (another modality), E_DERIVED (localizer, secondary capture, reformat), E_CORRUPT (an
-    unreadable file), E_ARCHIVE, and "other" (not DICOM). Raises VolumeError E_FOLDER if the folder is missing.
+    Counted as skipped: E_NOTCT (another modality), E_DERIVED (localizer, secondary capture, reformat), E_CORRUPT (a
+    damaged file), E_ARCHIVE, "other" (not DICOM), and what `walk_files` counts. `progress` is told files done and all.
+    Raises VolumeError E_FOLDER if the folder is missing.
     """
     if not folder.is_dir():
         raise VolumeError("E_FOLDER", where=str(folder))
+    walk = walk_files(folder)
+    found = scan_files(walk.files, progress)
+    return replace(found, skipped=found.skipped + walk.skipped)
+
+
+def scan_files(files: Sequence[Path], progress: Callable[[int, int], None] | None = None) -> FolderScan:
+    """`scan_folder` for files that are named one by one."""
     kept: list[SliceHeader] = []
+    aside: list[SliceHeader] = []
     skipped: Counter[str] = Counter()
     unreadable = []
-    for path in walk_files(folder):
-        reason = _why_skipped(path, kept)
+    for done, path in enumerate(files, start=1):
+        reason = _sort_out(path, kept, aside)
         if reason:
             skipped[reason] += 1
-        if reason == "E_CORRUPT":
+        if reason in ("E_CORRUPT", "E_BOMB"):
             unreadable.append(path)
-    return FolderScan(tuple(group_slices(kept)), skipped, tuple(unreadable))
-
-
-def walk_files(folder: Path) -> Iterator[Path]:
-    """Files below a folder, sorted; a link that leads back to a folder already seen is not followed."""
-    seen: set[tuple[int, int]] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        status = Path(root).stat()
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders.sort()
-        for name in sorted(files):
-            if not name.startswith(".") and name.upper() != "DICOMDIR":
-                yield Path(root) / name
-
-
-def read_header(path: Path) -> SliceHeader | None:
-    """The header of a file, or None if it is not DICOM. Raises VolumeError E_CORRUPT if it is, but cannot be read."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pydicom's warnings quote header values
-            data = _read_tags(path)
-            if data.get("SOPClassUID") and data.get("Modality"):
-                return _header(path, data)
-        found = "a header that ends early"
-    except Exception as error:  # a damaged header fails in many ways inside pydicom; all mean the same here
-        found = type(error).__name__
-    if _has_preamble(path):
-        raise VolumeError("E_CORRUPT", where=str(path), found=found)
-    return None
+        if progress is not None:
+            progress(done, len(files))
+    return FolderScan(tuple(_with_strays(group_slices(kept), aside)), skipped, tuple(unreadable))
 
 
 def group_slices(slices: Iterable[SliceHeader]) -> list[SeriesCandidate]:
@@ -161,21 +121,39 @@ def group_slices(slices: Iterable[SliceHeader]) -> list[SeriesCandidate]:
 
     A series in which any slice lacks its geometry is not split: it must be refused as a whole, not lose that slice.
     """
-    by_series: dict[tuple[str, str], list[SliceHeader]] = {}
+    by_series: dict[tuple[str, str, str], list[SliceHeader]] = {}
     for s in slices:
-        by_series.setdefault((s.study, s.series), []).append(s)
+        # Each enhanced file is a whole of its own.
+        by_series.setdefault((s.study, s.series, "" if s.frame is None else str(s.path)), []).append(s)
     result: list[SeriesCandidate] = []
     for members in by_series.values():
-        groups = [members] if not all(s.has_geometry for s in members) else _split(members)
+        whole = members[0].frame is not None or not all(s.has_geometry for s in members)
+        groups = [members] if whole else _split(members)
         warnings = ("W_SPLIT",) if len(groups) > 1 else ()
         result += [SeriesCandidate(tuple(group), warnings) for group in groups]
     return result
 
 
+def direction_of(s: SliceHeader) -> np.ndarray:
+    """The unit normal of a slice; zeros if row and column direction coincide."""
+    orientation = np.array(s.orientation)
+    normal = np.cross(orientation[:3], orientation[3:])
+    length = float(np.linalg.norm(normal))
+    return np.asarray(normal / length if length > 0.5 else np.zeros(3))
+
+
 def _split(members: list[SliceHeader]) -> list[list[SliceHeader]]:
+    parts = _parts(members, by_acquisition=True)
+    if len(parts) > 1 and max(map(len, parts)) <= FRAGMENT_SLICES:
+        # Some scanners number every table position of one scan as an acquisition of its own.
+        parts = _parts(members, by_acquisition=False)
+    return parts
+
+
+def _parts(members: list[SliceHeader], *, by_acquisition: bool) -> list[list[SliceHeader]]:
     groups: dict[tuple[Any, ...], list[list[SliceHeader]]] = {}
     for s in members:
-        key = (s.frame_of_reference, s.rows, s.columns, s.pixel_spacing, s.acquisition, s.kernel)
+        key = (*_part_key(s), s.acquisition if by_acquisition else "")
         for group in groups.setdefault(key, []):
             if _same_direction(group[0], s):
                 group.append(s)
@@ -185,105 +163,81 @@ def _split(members: list[SliceHeader]) -> list[list[SliceHeader]]:
     return [group for alike in groups.values() for group in alike]
 
 
+def _part_key(s: SliceHeader) -> tuple[Any, ...]:
+    return s.frame_of_reference, s.rows, s.columns, s.pixel_spacing, s.kernel, s.pixels.layout
+
+
 def _same_direction(a: SliceHeader, b: SliceHeader) -> bool:
     pairs = zip(a.orientation or (), b.orientation or (), strict=True)
     return all(abs(x - y) <= ORIENTATION_TOLERANCE for x, y in pairs)
 
 
-def _why_skipped(path: Path, kept: list[SliceHeader]) -> str:
-    """Empty if the file was kept."""
+def _with_strays(candidates: list[SeriesCandidate], aside: list[SliceHeader]) -> list[SeriesCandidate]:
+    """Each candidate with the images of its folders that lie where it lacks a slice."""
+    loose: dict[Path, list[SliceHeader]] = {}
+    small = [s for c in candidates if len(c.slices) <= FRAGMENT_SLICES for s in c.slices]
+    for s in [*small, *aside]:
+        if s.position is not None:
+            loose.setdefault(s.path.parent, []).append(s)
+    if not loose:
+        return candidates
+    return [replace(c, strays=_strays_of(c, loose)) if len(c.slices) > FRAGMENT_SLICES else c for c in candidates]
+
+
+def _strays_of(candidate: SeriesCandidate, loose: dict[Path, list[SliceHeader]]) -> tuple[SliceHeader, ...]:
+    near = [s for folder in {s.path.parent for s in candidate.slices} for s in loose.get(folder, [])]
+    places = _places(candidate) if near else None
+    if places is None:
+        return ()
+    normal = direction_of(candidate.first)
+    first = np.array(min(candidate.slices, key=lambda s: float(np.array(s.position) @ normal)).position)
+    last = np.array(max(candidate.slices, key=lambda s: float(np.array(s.position) @ normal)).position)
+    spacing = float(np.median(np.diff(places)))
+    line = (last - first) / max(float(places[-1] - places[0]), 1e-6)
+    found = []
+    for s in near:
+        offset = np.array(s.position) - first
+        along = float(offset @ normal)
+        step = along / max(spacing, 1e-6)
+        beside = -1.1 < step < (places[-1] - places[0]) / max(spacing, 1e-6) + 1.1
+        free = float(np.abs(places - places[0] - along).min()) > _LATTICE_TOLERANCE * spacing
+        in_line = float(np.linalg.norm(offset - along * line)) <= _SIDEWAYS_MM
+        if beside and free and in_line and abs(step - round(step)) <= _LATTICE_TOLERANCE * max(1.0, abs(step)):
+            found.append(s)
+    return tuple(found)
+
+
+def _places(candidate: SeriesCandidate) -> np.ndarray | None:
+    """Positions along the normal in rising order, or None without geometry."""
+    if not all(s.has_geometry for s in candidate.slices):
+        return None
+    normal = direction_of(candidate.first)
+    return np.sort(np.array([s.position for s in candidate.slices]) @ normal)
+
+
+def _sort_out(path: Path, kept: list[SliceHeader], aside: list[SliceHeader]) -> str:
+    """Empty if the file's images were kept; `aside` gets the headers of images that are no slices."""
     if path.name.lower().endswith(ARCHIVE_SUFFIXES):
         return "E_ARCHIVE"
     try:
-        header = read_header(path)
-    except (VolumeError, OSError):
+        headers = read_headers(path)
+    except VolumeError as error:
+        return error.code
+    except OSError:
         return "E_CORRUPT"
-    if header is None:
+    if not headers:
         return "other"
-    if header.modality != "CT":
-        return "E_NOTCT"
-    if _is_derived(header):
-        return "E_DERIVED"
-    kept.append(header)
-    return ""
+    reason = "E_NOTCT" if headers[0].modality != "CT" else "E_DERIVED" if _is_derived(headers[0]) else ""
+    (aside if reason else kept).extend(headers)
+    return reason
 
 
 def _is_derived(header: SliceHeader) -> bool:
     kinds = {kind.upper() for kind in header.image_type}
-    if header.sop_class == _SECONDARY_CAPTURE or kinds & {"LOCALIZER", "SECONDARY"}:
+    if header.sop_class == SECONDARY_CAPTURE or kinds & {"LOCALIZER", "SECONDARY"}:
         return True
     return bool(kinds) and not kinds & {"ORIGINAL", "AXIAL"}
 
 
-def _read_tags(path: Path) -> pydicom.Dataset:
-    try:
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
-    except InvalidDicomError:
-        return pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=True)
-
-
-def _has_preamble(path: Path) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
-
-
-def _header(path: Path, data: pydicom.Dataset) -> SliceHeader:
-    meta = getattr(data, "file_meta", None)
-    spacing = _numbers(data, "PixelSpacing", 2)
-    return SliceHeader(
-        path=path,
-        modality=_text(data, "Modality"),
-        image_type=tuple(str(v) for v in _values(data, "ImageType")),
-        sop_class=_text(data, "SOPClassUID"),
-        transfer_syntax=str(getattr(meta, "TransferSyntaxUID", "") or ""),
-        study=_text(data, "StudyInstanceUID"),
-        series=_text(data, "SeriesInstanceUID"),
-        frame_of_reference=_text(data, "FrameOfReferenceUID"),
-        patient_id=_text(data, "PatientID"),
-        birth_date=_text(data, "PatientBirthDate"),
-        sex=_text(data, "PatientSex"),
-        study_date=_text(data, "StudyDate"),
-        rows=int(data.get("Rows") or 0),
-        columns=int(data.get("Columns") or 0),
-        pixel_spacing=spacing if spacing and min(spacing) > 0 else None,
-        position=_numbers(data, "ImagePositionPatient", 3),
-        orientation=_numbers(data, "ImageOrientationPatient", 6),
-        slope=_number(data, "RescaleSlope"),
-        intercept=_number(data, "RescaleIntercept"),
-        acquisition=_text(data, "AcquisitionNumber"),
-        kernel="/".join(str(v) for v in _values(data, "ConvolutionKernel")),
-        description=f"{_text(data, 'SeriesDescription')} {_text(data, 'ProtocolName')}".strip(),
-        thickness=_number(data, "SliceThickness"),
-        burned_in=_text(data, "BurnedInAnnotation").upper() == "YES",
-        contrast=bool(_text(data, "ContrastBolusAgent")),
-        patient_position=_text(data, "PatientPosition").upper(),
-        frames=int(data.get("NumberOfFrames") or 1),
-    )
-
-
-def _text(data: pydicom.Dataset, name: str) -> str:
-    value = data.get(name)
-    return "" if value is None else str(value).strip()
-
-
-def _values(data: pydicom.Dataset, name: str) -> list[Any]:
-    value = data.get(name)
-    if value is None or isinstance(value, str):
-        return [value] if value else []
-    return list(value)
-
-
-def _numbers(data: pydicom.Dataset, name: str, count: int) -> tuple[float, ...] | None:
-    try:
-        numbers = tuple(float(v) for v in _values(data, name))
-    except (TypeError, ValueError):
-        return None
-    return numbers if len(numbers) == count else None
-
-
-def _number(data: pydicom.Dataset, name: str) -> float | None:
-    value = data.get(name)
-    try:
-        return None if value is None else float(value)
-    except (TypeError, ValueError):
-        return None
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:12]

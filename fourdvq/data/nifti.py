@@ -1,97 +1,98 @@
-"""What a NIfTI file's own bytes must satisfy before ITK reads it, because ITK is silent about three faults.
+"""What a NIfTI file's own bytes must satisfy before ITK reads it.
 
-A file that was cut short gives whatever memory held, values that are not finite become 0 HU, and of two placements that
-disagree one is taken.
+Of two placements that disagree ITK takes one, of a damaged unit it makes metres, and a scale it applies whatever it is.
+Source: the NIfTI standard, nifti1.h and nifti2.h.
 """
 
 from __future__ import annotations
 
 import gzip
-import io
 import itertools
+import math
 import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 
+from fourdvq.data.image_header import ImageHeader, check_announced, check_voxel_bytes
+from fourdvq.data.limits import ReaderLimits, shown
 from fourdvq.errors import VolumeError
 
 FORM_TOLERANCE_MM = 0.1  # how far the two placements may differ at a corner of the image
-_BLOCK = 1 << 22
 
 
-def check_nifti(path: Path) -> None:
-    """Raise VolumeError E_CORRUPT (no header, or cut short), E_NIFTI (no placement, or two that differ) or E_NAN."""
+def check_nifti(path: Path, limits: ReaderLimits) -> ImageHeader:
+    """What the header announces, borne out by the data.
+
+    Raises VolumeError E_CORRUPT (no header, or cut short), E_NIFTI (not 3-D, no placement, or two that differ), E_BOMB
+    and E_NAN.
+    """
     header = _NiftiHeader.read(path)
+    check_announced(header.image, path, limits)
     _check_forms(header, path)
-    _check_data(header, path)
+    with _open_nifti(path) as stream:
+        stream.read(header.data_offset)
+        check_voxel_bytes(stream, header.image, path)
+    return header.image
 
 
 def _check_forms(header: _NiftiHeader, path: Path) -> None:
     """A NIfTI file can hold two placements; if both are set they must agree, and one of them must be set."""
     if header.qform_code <= 0 and header.sform_code <= 0:
-        raise VolumeError("E_NIFTI", where=str(path), found="no placement (qform and sform codes are 0)")
-    if header.qform_code > 0 and header.sform_code > 0:
-        corners = np.array(np.meshgrid(*[(0, n - 1) for n in header.size], [1], indexing="ij")).reshape(4, -1)
-        apart = float(np.abs((header.qform() - header.sform) @ corners).max())
-        if not apart <= FORM_TOLERANCE_MM:
-            found = f"qform and sform differ by {apart:.2f} mm"
-            raise VolumeError("E_NIFTI", where=str(path), found=found, wanted=f"at most {FORM_TOLERANCE_MM} mm")
+        raise VolumeError("E_NIFTI", where=shown(path), found="no placement (qform and sform codes are 0)")
+    placements = [header.qform()] if header.qform_code > 0 else []
+    placements += [header.sform] if header.sform_code > 0 else []
+    if not all(np.isfinite(p).all() for p in placements):
+        raise VolumeError("E_NIFTI", where=shown(path), found="a placement that is not made of numbers")
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in header.image.size], [1], indexing="ij")).reshape(4, -1)
+    apart = float(np.abs((placements[0] - placements[-1]) @ corners).max())
+    if not apart <= FORM_TOLERANCE_MM:
+        found = f"qform and sform differ by {apart:.2f} mm"
+        raise VolumeError("E_NIFTI", where=shown(path), found=found, wanted=f"at most {FORM_TOLERANCE_MM} mm")
 
 
-def _check_data(header: _NiftiHeader, path: Path) -> None:
-    found = 0
-    try:
-        with _open_nifti(path) as stream:
-            stream.read(header.data_offset)
-            while block := stream.read(_BLOCK):
-                found += len(block)
-                _check_finite(block, header.float_type, path)
-    except (EOFError, OSError, zlib.error):
-        raise VolumeError("E_CORRUPT", where=str(path), found="the compressed data end early") from None
-    if found < header.data_bytes:
-        raise VolumeError("E_CORRUPT", where=str(path), found=f"{found} bytes", wanted=f"{header.data_bytes} bytes")
-
-
-def _check_finite(block: bytes, float_type: str | None, path: Path) -> None:
-    if float_type is None:
-        return
-    whole = len(block) // np.dtype(float_type).itemsize
-    bad = int((~np.isfinite(np.frombuffer(block, float_type, whole))).sum())
-    if bad:
-        raise VolumeError("E_NAN", where=str(path), found=f"{bad} voxels or more")
-
-
-def _open_nifti(path: Path) -> io.BufferedIOBase:
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
+def _open_nifti(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.name.lower().endswith(".gz") else path.open("rb")
 
 
 @dataclass(frozen=True)
 class _NiftiLayout:
-    """(struct format, byte offset) of dim; datatype, bitpix; pixdim; vox_offset; form codes; quaternion with sform."""
+    """(struct format, byte offset) of each field that is read; the magic text and the unit byte beside them."""
 
     header_bytes: int
-    fields: tuple[tuple[str, int], ...]
+    magic: tuple[bytes, int]
+    units: tuple[str, int]
+    fields: tuple[tuple[str, int], ...]  # dim; datatype, bitpix; pixdim; vox_offset; scale; codes; quaternion, sform
 
 
-_NIFTI_FLOATS = {16: "f4", 64: "f8"}  # datatype codes of the standard
-_NIFTI_LAYOUTS = (
-    _NiftiLayout(348, (("4h", 40), ("2h", 70), ("4f", 76), ("f", 108), ("2h", 252), ("18f", 256))),
-    _NiftiLayout(540, (("4q", 16), ("2h", 12), ("4d", 104), ("q", 168), ("2i", 344), ("18d", 352))),
+_MM_OR_UNKNOWN = (0, 2)
+_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+_LAYOUTS = (
+    _NiftiLayout(
+        348,
+        (b"n+1\0", 344),
+        ("b", 123),
+        (("8h", 40), ("2h", 70), ("4f", 76), ("f", 108), ("2f", 112), ("2h", 252), ("18f", 256)),
+    ),
+    _NiftiLayout(
+        540,
+        (b"n+2\0\r\n\x1a\n", 4),
+        ("i", 500),
+        (("8q", 16), ("2h", 12), ("4d", 104), ("q", 168), ("2d", 176), ("2i", 344), ("18d", 352)),
+    ),
 )
 
 
 @dataclass(frozen=True)
 class _NiftiHeader:
-    """The placement fields of a NIfTI-1 or NIfTI-2 header. Source: the NIfTI standard, nifti1.h and nifti2.h."""
+    """The fields of a NIfTI-1 or NIfTI-2 header that say what and where the voxels are."""
 
-    size: tuple[int, int, int]
+    image: ImageHeader
     pixdim: tuple[float, ...]  # qfac, then the three voxel sizes
     data_offset: int
-    data_bytes: int
-    float_type: str | None  # numpy type of floating point voxels
     qform_code: int
     sform_code: int
     quatern: tuple[float, ...]  # b c d, then the three offsets
@@ -101,21 +102,45 @@ class _NiftiHeader:
     def read(cls, path: Path) -> _NiftiHeader:
         try:
             with _open_nifti(path) as stream:
-                raw = stream.read(540)
+                raw = stream.read(544)
         except (EOFError, OSError, zlib.error):
             raw = b""
-        for order, layout in itertools.product("<>", _NIFTI_LAYOUTS):
-            if len(raw) < layout.header_bytes or struct.unpack_from(f"{order}i", raw)[0] != layout.header_bytes:
-                continue
-            dim, (kind, bits), pixdim, (offset,), codes, numbers = (
-                struct.unpack_from(order + form, raw, at) for form, at in layout.fields
-            )
-            size = (int(dim[1]), int(dim[2]), int(dim[3]))
-            data_bytes = size[0] * size[1] * size[2] * int(bits) // 8
-            float_type = order + _NIFTI_FLOATS[kind] if kind in _NIFTI_FLOATS else None
-            quatern, sform = numbers[:6], np.array(numbers[6:]).reshape(3, 4)
-            return cls(size, pixdim, int(offset), data_bytes, float_type, codes[0], codes[1], quatern, sform)
-        raise VolumeError("E_CORRUPT", where=str(path), found="no NIfTI header")
+        for order, layout in itertools.product("<>", _LAYOUTS):
+            if len(raw) >= layout.header_bytes and struct.unpack_from(f"{order}i", raw)[0] == layout.header_bytes:
+                return cls._typed(raw, order, layout, path)
+        raise VolumeError("E_CORRUPT", where=shown(path), found="no NIfTI header")
+
+    @classmethod
+    def _typed(cls, raw: bytes, order: str, layout: _NiftiLayout, path: Path) -> _NiftiHeader:
+        dim, (kind, bits), pixdim, (offset,), scale, codes, numbers = (
+            struct.unpack_from(order + form, raw, at) for form, at in layout.fields
+        )
+        magic, at = layout.magic
+        voxel = np.dtype(order + _TYPES[kind]) if kind in _TYPES else None
+        (units,) = struct.unpack_from(order + layout.units[0], raw, layout.units[1])
+        faults = {
+            f"{dim[0]}-D image": dim[0] != 3 or min(dim[1:4]) < 1,
+            "data in another file": raw[at : at + len(magic)] != magic,
+            f"voxels of type {kind} with {bits} bits": voxel is None or voxel.itemsize * 8 != bits,
+            "lengths that are not in mm": (units & 7) not in _MM_OR_UNKNOWN,
+            "voxels inside the header": not (
+                math.isfinite(offset) and offset == int(offset) >= layout.header_bytes + 4
+            ),
+        }
+        for found, fails in faults.items():
+            if fails:
+                wanted = "a 3-D image with one value per voxel, in one file, in mm"
+                raise VolumeError("E_NIFTI", where=shown(path), found=found, wanted=wanted)
+        # The standard's 0 (and what is no number) means that the values are as they are.
+        slope, intercept = scale if scale[0] != 0 and math.isfinite(scale[0]) else (1.0, 0.0)
+        image = ImageHeader(
+            (int(dim[1]), int(dim[2]), int(dim[3])),
+            np.dtype(order + _TYPES[kind]),
+            float(slope),
+            float(intercept) if math.isfinite(intercept) else 0.0,
+        )
+        quatern, sform = numbers[:6], np.array(numbers[6:]).reshape(3, 4)
+        return cls(image, pixdim, int(offset), codes[0], codes[1], quatern, sform)
 
     def qform(self) -> np.ndarray:
         """The (3, 4) matrix from voxel index to RAS mm that the quaternion stands for."""

@@ -29,12 +29,20 @@ CLINICAL_COLUMNS = ("pseudonym", "age", "sex", "smoking", "time_days", "event")
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a CSV atomically; None becomes an empty field."""
+    """Write a CSV atomically, unless it is there with these very bytes; None becomes an empty field."""
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows({c: "" if row.get(c) is None else row[c] for c in columns} for row in rows)
-    write_atomic(path, stream.getvalue().encode())
+    write_changed(path, stream.getvalue().encode())
+
+
+def write_changed(path: Path, data: bytes) -> bool:
+    """Write a file atomically unless it holds `data` already; says whether it was written."""
+    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
+        return False
+    write_atomic(path, data)
+    return True
 
 
 def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
@@ -61,5 +69,5 @@ def write_splits(prep: Path, splits: Mapping[str, str]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Readable JSON, sorted, atomic; NaN is an error."""
-    write_atomic(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+    """Readable JSON, sorted, atomic, written if it changed; NaN is an error."""
+    write_changed(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())

@@ -9,8 +9,9 @@ from typing import Literal
 from fourdvq.data.prepared import MANIFEST_COLUMNS, REVIEW_COLUMNS, read_table, write_table
 from fourdvq.errors import CohortError
 
-Decision = Literal["approve", "reject", "auto", "demo"]
-APPROVING = frozenset({"approve", "auto", "demo"})  # auto: grade PASS under a site's own switch; demo: synthetic scans
+Decision = Literal["approve", "reject", "redo", "auto", "demo"]
+# auto: grade PASS under a site's own switch; demo: synthetic scans; redo takes any decision back.
+APPROVING = frozenset({"approve", "auto", "demo"})
 ScanKey = tuple[str, int]  # pseudonym, index
 
 
@@ -66,12 +67,15 @@ def reject(prep: Path, scans: Iterable[ScanKey], *, reviewer: str, time: str, re
 
 
 def valid_decision(decisions: dict[ScanKey, tuple[str, str]], scan: ScanKey, content_sha256: str) -> str:
-    """The decision about this very content, or an empty text if there is none or it has lapsed."""
+    """The decision about this very content, or an empty text if there is none, it has lapsed or was taken back."""
     decision, content = decisions.get(scan, ("", ""))
-    return decision if content and content == content_sha256 else ""
+    return decision if decision != "redo" and content and content == content_sha256 else ""
 
 
-def rejected_indices(prep: Path, pseudonym: str) -> frozenset[int]:
-    """Indices of a patient's rejected scans, for `prepare_patient(excluded=...)`."""
-    decisions = read_decisions(prep).items()
-    return frozenset(i for (p, i), (decision, _) in decisions if p == pseudonym and decision == "reject")
+def rejected_by_patient(prep: Path) -> dict[str, frozenset[int]]:
+    """Indices of the rejected scans of each patient who has one, for `prepare_patient(excluded=...)`."""
+    found: dict[str, set[int]] = {}
+    for (pseudonym, index), (decision, _) in read_decisions(prep).items():
+        if decision == "reject":
+            found.setdefault(pseudonym, set()).add(index)
+    return {pseudonym: frozenset(indices) for pseudonym, indices in found.items()}

@@ -1,38 +1,34 @@
 """The gate for a DICOM series: sorted, complete, straight and in Hounsfield units, or refused with a code.
 
-pydicom reads headers and geometry, SimpleITK the pixels, one file at a time in the order found here. GDCM's own
-ordering is never used: it takes a missing slice for wider spacing and drops a damaged file without a word.
+pydicom reads headers and geometry; the order is the one found here. GDCM's own ordering is never used: it takes a
+missing slice for wider spacing and drops a damaged file without a word.
 """
 
 from __future__ import annotations
 
-import hashlib
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import numpy as np
-import pydicom
 import SimpleITK as sitk
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from scipy import ndimage
 
-from fourdvq.data.dicom import SeriesCandidate, SliceHeader, scan_folder
-from fourdvq.data.volume import HU_MAX, HU_MIN, Volume, VolumeLimits, from_image, to_image
+from fourdvq.data.burnt_text import has_burnt_text
+from fourdvq.data.dicom import SeriesCandidate
+from fourdvq.data.dicom_file import SliceHeader
+from fourdvq.data.limits import HU_MAX, HU_MIN, ReaderLimits, shown
+from fourdvq.data.pixels import raw_image, slice_hu, stack_hu, to_hu
+from fourdvq.data.stack import SliceStack, build_stack
+from fourdvq.data.technical import TechnicalTags, is_expiratory, technical_tags
+from fourdvq.data.volume import Volume, VolumeLimits, from_image, to_image
 from fourdvq.errors import VolumeError
 
-SPACING_TOLERANCE = 0.01  # of the spacing
-SAME_POSITION_MM = 1e-3
-MAX_TILT_DEGREES = 0.5
-MAX_FILLED_SPACING_MM = 2.0  # a gap in a thin series may be bridged
-DRIFT_TOLERANCE_MM = 0.5  # from the straight line of a tilted stack
 SLICE_JUMP_HU = 300.0  # median difference to both neighbours: one slice with another rescale
+ODD_SCALES = 2  # so few slices with a scale of their own must show that they need it
 PIXEL_RANGE_MM = (0.38, 0.98)  # paper section 3
-EXPIRATION = ("exp", "espir", "uitadem", "ausatm", "exspir")  # also expiratie, expiratoire, expiration
-INSPIRATION = ("insp", "inadem", "einatm")
-SHARP_KERNELS = ("B6", "B7", "B8", "BR6", "BR7", "BONE", "EDGE", "LUNG", "FC5", "YC", "YD")
 # Uncompressed, deflated, RLE, JPEG baseline to lossless, JPEG-LS, JPEG 2000 and HTJ2K: read by SimpleITK 2.5.
-_SYNTAXES = frozenset(
+SYNTAXES = frozenset(
     "1.2.840.10008.1.2" + tail
     for tail in (
         "", ".1", ".1.99", ".2", ".5", ".4.50", ".4.51", ".4.57", ".4.70", ".4.80", ".4.81", ".4.90", ".4.91",
@@ -47,27 +43,17 @@ class SeriesLimits:
 
     fill_single_gap: bool = True
     shear_tilt: bool = True
-    max_voxels: int = VolumeLimits().max_voxels
+    readers: ReaderLimits = field(default_factory=ReaderLimits)
 
 
 @dataclass(frozen=True)
 class LoadedSeries:
-    """HU int16 in LPS, W_ codes of what was repaired or is unusual, and the slice thickness in mm."""
+    """HU int16 in LPS, W_ and V_ codes of what was repaired or is unusual, and the slice thickness in mm."""
 
     volume: Volume
     warnings: tuple[str, ...]
     thickness_mm: float
-
-
-@dataclass(frozen=True)
-class _Stack:
-    """Slices in order along their normal; `positions` in mm along it; `gap` the index a slice is missing before."""
-
-    slices: tuple[SliceHeader, ...]
-    normal: np.ndarray
-    positions: np.ndarray
-    spacing: float
-    gap: int | None = None
+    technical: TechnicalTags
 
 
 def read_series(candidate: SeriesCandidate) -> Volume:
@@ -76,160 +62,95 @@ def read_series(candidate: SeriesCandidate) -> Volume:
 
 
 def load_series(candidate: SeriesCandidate, limits: SeriesLimits | None = None) -> LoadedSeries:
-    """Read a series of single-frame CT images.
+    """Read a series of CT images, one file a slice or one enhanced multi-frame file.
 
-    Raises VolumeError E_BURNED, E_GEOMETRY, E_RESCALE, E_SYNTAX, E_UNSUPPORTED (a multi-frame file), E_BOMB, E_DUP,
-    E_GAP, E_SPACING, E_TILT, E_MIXED, E_CORRUPT and E_HU.
+    Raises VolumeError E_MIXED (also for a stray slice), E_IDENTITY, E_DATE, E_BURNED, E_UNSUPPORTED (a multi-frame
+    file without functional groups), E_GEOMETRY, E_RESCALE, E_SYNTAX, E_BOMB, E_STACKS, E_DUP, E_GAP, E_SPACING, E_TILT,
+    E_FOV (under 3 slices), E_CORRUPT and E_HU.
     """
     limits = limits or SeriesLimits()
-    where = str(candidate.first.path.parent)
-    _check_headers(candidate.slices, limits, where)
-    slices, doubled = _without_doubles(candidate.slices, where)
-    stack = _with_spacing(_sorted(slices), limits, where)
-    drift = _drift_per_mm(stack, limits, where)
-    hu = np.stack([_pixels(s) for s in stack.slices])
+    where = shown(candidate.first.path.parent)
+    _check_whole(candidate)
+    _check_headers(candidate.slices, limits.readers, where)
+    stack = build_stack(candidate.slices, where, fill_gap=limits.fill_single_gap, shear_tilt=limits.shear_tilt)
+    limits.readers.check_spacing((stack.spacing, *(candidate.first.pixel_spacing or ())), where)
+    if stack.gap is not None and "W_SPLIT" in candidate.warnings:
+        # The missing slice may be among the parts that were split off: what is there is not bridged over.
+        raise VolumeError("E_GAP", where=where, found="a slice is missing from a series that mixes geometries")
+    hu = stack_hu(stack.slices)
     _check_hounsfield(hu, where)
-    if stack.gap is not None:
-        hu = np.insert(hu, stack.gap, (hu[stack.gap - 1] + hu[stack.gap]) / 2, axis=0)
-    if drift is not None:
-        hu = _unsheared(hu, drift, stack)
-    volume = _volume(hu, stack)
-    warnings = [*candidate.warnings, *doubled, *_warnings(stack, drift)]
+    _check_scales(stack, hu)
+    if has_burnt_text(hu):
+        raise VolumeError("E_BURNED", where=where, found="letters in a corner of the image")
+    volume = _volume(_repaired(hu, stack), stack)
+    warnings = [*candidate.warnings, *_warnings(stack)]
     thickness = max(stack.spacing, *(s.thickness or 0.0 for s in stack.slices))
-    return LoadedSeries(volume, tuple(dict.fromkeys(warnings)), thickness)
+    technical = technical_tags(candidate.first)
+    return LoadedSeries(volume, tuple(dict.fromkeys(warnings)), thickness, technical)
 
 
-def best_series(folder: Path, *, study_key: str = "") -> SeriesCandidate:
-    """The series of a folder (of one study, if named) to use.
-
-    Raises VolumeError E_CORRUPT for a file that cannot be read, and E_NOTCT, E_DERIVED, E_ARCHIVE or E_EMPTY if there
-    is no series, by what was there instead.
-    """
-    found = scan_folder(folder)
-    candidates = [c for c in found.candidates if not study_key or c.study_key == study_key]
-    if found.unreadable:
-        # A damaged header does not say which series it belongs to; leaving it out could lose a slice.
-        raise VolumeError(
-            "E_CORRUPT", where=str(found.unreadable[0]), found=f"{len(found.unreadable)} unreadable files"
-        )
-    if not candidates:
-        code = next((c for c in ("E_NOTCT", "E_DERIVED", "E_ARCHIVE") if found.skipped[c]), "E_EMPTY")
-        raise VolumeError(code, where=str(folder), found=f"{sum(found.skipped.values())} other files")
-    return max(candidates, key=series_score)
+def _check_whole(candidate: SeriesCandidate) -> None:
+    """All slices are there and of one person and day."""
+    if candidate.strays:
+        found = "an image that lies where this series lacks a slice, but does not belong to it by its header"
+        raise VolumeError("E_MIXED", where=shown(candidate.strays[0].path), found=found)
+    for code, what in (("E_IDENTITY", "patients"), ("E_DATE", "study dates")):
+        values: Counter[tuple[str, ...]] = Counter(_person_or_day(s, code) for s in candidate.slices)
+        if len(values) > 1:
+            odd = min(values, key=lambda v: values[v])
+            path = next(s.path for s in candidate.slices if _person_or_day(s, code) == odd)
+            raise VolumeError(code, where=shown(path), found=f"{len(values)} {what} in one series")
 
 
-def series_score(candidate: SeriesCandidate) -> tuple[bool | int | str, ...]:
-    """Orders candidates: thin, not expiratory, inspiratory, soft kernel, no contrast, most slices."""
-    head, text = candidate.first, candidate.first.description.lower()
-    thickness = head.thickness if head.thickness is not None else 99.0
+def _person_or_day(s: SliceHeader, code: str) -> tuple[str, ...]:
+    return (s.patient_id, s.birth_date, s.sex) if code == "E_IDENTITY" else (s.study_date,)
+
+
+def _check_headers(slices: Sequence[SliceHeader], readers: ReaderLimits, where: str) -> None:
+    for s in slices:
+        path = shown(s.path)
+        if s.burned_in:
+            raise VolumeError("E_BURNED", where=path, found="BurnedInAnnotation YES")
+        if s.frames > 1 and s.frame is None:
+            raise VolumeError("E_UNSUPPORTED", where=path, found=f"{s.frames} frames in one file")
+        if not s.has_geometry:
+            raise VolumeError("E_GEOMETRY", where=path, found="no position, orientation or pixel spacing")
+        if not _is_orthonormal(s):
+            raise VolumeError("E_GEOMETRY", where=path, found="row and column directions that are not orthonormal")
+        if s.slope is None or s.intercept is None or s.slope == 0:
+            raise VolumeError("E_RESCALE", where=path, found="no RescaleSlope or RescaleIntercept")
+        if s.transfer_syntax and s.transfer_syntax not in SYNTAXES:
+            raise VolumeError("E_SYNTAX", where=path, found=s.transfer_syntax, fix=_syntax_remedy(s.transfer_syntax))
+        if min(s.rows, s.columns) < 2 or s.pixels.samples != 1 or s.pixels.photometric != "MONOCHROME2":
+            found = f"{s.rows} x {s.columns} pixels, {s.pixels.samples} x {s.pixels.photometric or 'unnamed'}"
+            raise VolumeError("E_HU", where=path, found=found, wanted="one grey value a pixel (MONOCHROME2)")
+        if not _is_plain_layout(s):
+            found = f"{s.pixels.bits_stored} bits of {s.pixels.bits_allocated}, the highest {s.pixels.high_bit}"
+            raise VolumeError("E_UNSUPPORTED", where=path, found=found, wanted="8 to 16 bits from the lowest up")
+    head = slices[0]
+    readers.check_size(len(slices) * head.rows * head.columns, 4, where)
+
+
+def _is_orthonormal(s: SliceHeader) -> bool:
+    row, column = np.array(s.orientation).reshape(2, 3)
+    lengths = np.array([row @ row, column @ column])
+    return bool(np.abs(lengths - 1).max() < 1e-2 and abs(row @ column) < 1e-2)
+
+
+def _is_plain_layout(s: SliceHeader) -> bool:
+    place = s.pixels
     return (
-        head.has_geometry,
-        thickness <= 1.5,
-        thickness <= 2.5,
-        not any(word in text for word in EXPIRATION),
-        any(word in text for word in INSPIRATION),
-        not head.kernel.upper().startswith(SHARP_KERNELS),
-        not head.contrast,
-        len(candidate.slices),
-        head.series,
+        place.bits_allocated in (8, 16, 32)
+        and 1 < place.bits_stored <= place.bits_allocated
+        and (place.high_bit == place.bits_stored - 1)
     )
 
 
-def _check_headers(slices: Sequence[SliceHeader], limits: SeriesLimits, where: str) -> None:
-    for s in slices:
-        if s.burned_in:
-            raise VolumeError("E_BURNED", where=str(s.path), found="BurnedInAnnotation YES")
-        if s.frames > 1:
-            raise VolumeError("E_UNSUPPORTED", where=str(s.path), found=f"{s.frames} frames in one file")
-        if not s.has_geometry:
-            raise VolumeError("E_GEOMETRY", where=str(s.path), found="no position, orientation or pixel spacing")
-        if s.slope is None or s.intercept is None:
-            raise VolumeError("E_RESCALE", where=str(s.path), found="no RescaleSlope or RescaleIntercept")
-        if s.transfer_syntax and s.transfer_syntax not in _SYNTAXES:
-            raise VolumeError("E_SYNTAX", where=str(s.path), found=s.transfer_syntax)
-    voxels = len(slices) * slices[0].rows * slices[0].columns
-    if voxels > limits.max_voxels:
-        raise VolumeError("E_BOMB", where=where, found=f"{voxels} voxels", wanted=f"at most {limits.max_voxels}")
-
-
-def _without_doubles(slices: Sequence[SliceHeader], where: str) -> tuple[list[SliceHeader], list[str]]:
-    """One file per position; equal pixels at one position are one slice, different pixels are refused."""
-    kept: list[SliceHeader] = []
-    warnings: list[str] = []
-    for s in sorted(slices, key=lambda s: (_along(s), s.path.name)):
-        if kept and abs(_along(s) - _along(kept[-1])) <= SAME_POSITION_MM:
-            if _pixel_hash(s) != _pixel_hash(kept[-1]):
-                raise VolumeError("E_DUP", where=where, found=f"two different images at {_along(s):.2f} mm")
-            warnings.append("W_DUP")
-        else:
-            kept.append(s)
-    return kept, warnings
-
-
-def _sorted(slices: Sequence[SliceHeader]) -> _Stack:
-    ordered = sorted(slices, key=_along)
-    positions = np.array([_along(s) for s in ordered])
-    spacing = float(np.median(np.diff(positions))) if len(ordered) > 1 else 0.0
-    return _Stack(tuple(ordered), _normal(ordered[0]), positions, spacing)
-
-
-def _with_spacing(stack: _Stack, limits: SeriesLimits, where: str) -> _Stack:
-    """Even spacing, or one isolated missing slice in a thin series, which is marked to be filled."""
-    if len(stack.slices) < 3:
-        raise VolumeError("E_FOV", where=where, found=f"{len(stack.slices)} slices")
-    steps = np.diff(stack.positions) / stack.spacing
-    uneven = np.flatnonzero(np.abs(steps - 1.0) > SPACING_TOLERANCE)
-    if uneven.size == 0:
-        even = float(stack.positions[-1] - stack.positions[0]) / (len(stack.slices) - 1)
-        return replace(stack, spacing=even)
-    whole = np.rint(steps[uneven])
-    if (whole < 2).any() or (np.abs(steps[uneven] - whole) > SPACING_TOLERANCE * whole).any():
-        found = f"steps from {steps.min() * stack.spacing:.3f} to {steps.max() * stack.spacing:.3f} mm"
-        raise VolumeError("E_SPACING", where=where, found=found)
-    missing = int((whole - 1).sum())
-    if missing > 1 or not limits.fill_single_gap or stack.spacing > MAX_FILLED_SPACING_MM:
-        raise VolumeError("E_GAP", where=where, found=f"{missing} missing of {len(stack.slices) + missing} slices")
-    return replace(stack, gap=int(uneven[0]) + 1)
-
-
-def _drift_per_mm(stack: _Stack, limits: SeriesLimits, where: str) -> np.ndarray | None:
-    """How far (x, y, z mm) slices shift sideways per mm along their normal; None if the gantry stood straight."""
-    start = np.array(stack.slices[0].position)
-    offsets = np.array([np.array(s.position) - start for s in stack.slices])
-    along = stack.positions - stack.positions[0]
-    sideways = offsets - along[:, None] * stack.normal
-    drift = along @ sideways / (along @ along)
-    if float(np.abs(sideways - along[:, None] * drift).max()) > DRIFT_TOLERANCE_MM:
-        raise VolumeError("E_MIXED", where=where, found="slices that are shifted against each other")
-    tilt = float(np.degrees(np.arctan(np.linalg.norm(drift))))
-    if tilt <= MAX_TILT_DEGREES:
-        return None
-    if not limits.shear_tilt:
-        raise VolumeError("E_TILT", where=where, found=f"{tilt:.1f} degrees")
-    return np.asarray(drift)
-
-
-def _pixels(s: SliceHeader) -> np.ndarray:
-    """HU float32 (rows, columns) of one file, with that file's own slope and intercept."""
-    try:
-        if not s.transfer_syntax:
-            return _pixels_without_preamble(s)
-        values = sitk.GetArrayFromImage(sitk.ReadImage(str(s.path), sitk.sitkFloat32))
-    except (RuntimeError, ValueError, AttributeError, NotImplementedError):
-        raise VolumeError("E_CORRUPT", where=str(s.path), found="pixels that cannot be decoded") from None
-    if values.size != s.rows * s.columns:
-        raise VolumeError("E_CORRUPT", where=str(s.path), found=f"{values.size} of {s.rows * s.columns} pixels")
-    result: np.ndarray = values.reshape(s.rows, s.columns)
-    return result
-
-
-def _pixels_without_preamble(s: SliceHeader) -> np.ndarray:
-    data = pydicom.dcmread(s.path, force=True)
-    syntax = ImplicitVRLittleEndian if data.original_encoding[0] else ExplicitVRLittleEndian
-    data.file_meta = pydicom.dataset.FileMetaDataset()
-    data.file_meta.TransferSyntaxUID = syntax
-    result: np.ndarray = data.pixel_array.astype(np.float32) * (s.slope or 1.0) + (s.intercept or 0.0)
-    return result
+def _syntax_remedy(uid: str) -> str:
+    return (
+        f"export the series as Explicit VR Little Endian, or convert it with a tool that reads {uid}: no extra of this "
+        "package adds it"
+    )
 
 
 def _check_hounsfield(hu: np.ndarray, where: str) -> None:
@@ -237,59 +158,85 @@ def _check_hounsfield(hu: np.ndarray, where: str) -> None:
     if low >= VolumeLimits().air_below_hu:
         raise VolumeError("E_HU", where=where, found=f"smallest value {low:g}", wanted="air below -900 HU")
     # Voxel by voxel, because the median of a slice itself jumps where the body starts to fill half of the image.
-    jumps = np.abs(np.median(np.diff(hu[:, ::2, ::2], axis=0), axis=(1, 2)))
+    step = max(2, hu.shape[1] // 128)
+    some = hu[:, ::step, ::step].astype(np.float32)
+    jumps = np.abs(np.median(np.diff(some, axis=0), axis=(1, 2)))
     odd = np.flatnonzero((jumps[:-1] > SLICE_JUMP_HU) & (jumps[1:] > SLICE_JUMP_HU))
     if odd.size or jumps[0] > SLICE_JUMP_HU or jumps[-1] > SLICE_JUMP_HU:
         raise VolumeError("E_HU", where=where, found="a slice with another intensity scale than its neighbours")
 
 
-def _unsheared(hu: np.ndarray, drift: np.ndarray, stack: _Stack) -> np.ndarray:
-    """Shift each slice back in its plane, so that the stack stands along its normal."""
+def _check_scales(stack: SliceStack, hu: np.ndarray) -> None:
+    """A slice whose scale only it has must look more like its neighbours with it than with everybody's scale.
+
+    A damaged RescaleSlope or RescaleIntercept is a number like any other; the pixels alone can tell.
+    """
+    scales = Counter(_scale(s) for s in stack.slices)
+    usual, count = scales.most_common(1)[0]
+    if len(scales) == 1 or len(stack.slices) - count > ODD_SCALES:
+        return
+    for i, s in enumerate(stack.slices):
+        if _scale(s) == usual:
+            continue
+        beside = np.mean([hu[k] for k in (i - 1, i + 1) if 0 <= k < len(hu)], axis=0)
+        as_usual = to_hu(raw_image(s), s, usual) if s.pixels.length != -1 else _rescaled(s, usual)
+        own, other = (float(np.abs(values - beside).mean()) for values in (hu[i], as_usual))
+        if own > 0.5 * other:
+            found = f"slope {s.slope:g} and intercept {s.intercept:g}, which the pixels do not bear out"
+            raise VolumeError("E_RESCALE", where=shown(s.path), found=found, wanted="the scale of the other slices")
+
+
+def _scale(s: SliceHeader) -> tuple[float, float]:
+    return s.slope or 1.0, s.intercept or 0.0
+
+
+def _rescaled(s: SliceHeader, scale: tuple[float, float]) -> np.ndarray:
+    """A decoded slice with another scale than its own."""
+    own = slice_hu(s).astype(np.float64)
+    raw = (own - (s.intercept or 0.0)) / (s.slope or 1.0)
+    return np.asarray(np.clip(np.rint(raw * scale[0] + scale[1]), HU_MIN, HU_MAX))
+
+
+def _repaired(hu: np.ndarray, stack: SliceStack) -> np.ndarray:
+    """With the missing slice filled in, and each slice shifted back in its plane."""
+    if stack.gap is not None:
+        between = (hu[stack.gap - 1].astype(np.float32) + hu[stack.gap]) / 2
+        hu = np.insert(hu, stack.gap, np.rint(between).astype(np.int16), axis=0)
+    if stack.drift is None:
+        return hu
     head = stack.slices[0]
     orientation = np.array(head.orientation)
     rows_mm, columns_mm = head.pixel_spacing or (1.0, 1.0)
+    drift = stack.drift
     per_slice = stack.spacing * np.array([drift @ orientation[3:] / rows_mm, drift @ orientation[:3] / columns_mm])
-    return np.stack(
-        [ndimage.shift(axial, i * per_slice, order=1, mode="constant", cval=HU_MIN) for i, axial in enumerate(hu)]
-    )
+    for i, axial in enumerate(hu):
+        shifted = ndimage.shift(axial.astype(np.float32), i * per_slice, order=1, mode="constant", cval=HU_MIN)
+        hu[i] = np.rint(shifted)
+    return hu
 
 
-def _volume(hu: np.ndarray, stack: _Stack) -> Volume:
+def _volume(hu: np.ndarray, stack: SliceStack) -> Volume:
     head = stack.slices[0]
     orientation = np.array(head.orientation)
     rows_mm, columns_mm = head.pixel_spacing or (1.0, 1.0)
     direction = np.column_stack([orientation[:3], orientation[3:], stack.normal])
     x, y, z = head.position or (0.0, 0.0, 0.0)
-    clamped = np.clip(np.rint(hu), HU_MIN, HU_MAX).astype(np.int16)
-    raw = Volume(clamped, (stack.spacing, rows_mm, columns_mm), (x, y, z), tuple(float(d) for d in direction.ravel()))
+    raw = Volume(hu, (stack.spacing, rows_mm, columns_mm), (x, y, z), tuple(float(d) for d in direction.ravel()))
+    if np.allclose(direction, np.eye(3), atol=1e-6):
+        return raw
     return from_image(sitk.DICOMOrient(to_image(raw), "LPS"))
 
 
-def _warnings(stack: _Stack, drift: np.ndarray | None) -> list[str]:
+def _warnings(stack: SliceStack) -> list[str]:
     head = stack.slices[0]
     low, high = PIXEL_RANGE_MM
     found = {
+        "V_EXPIR": is_expiratory(head),
+        "W_DUP": stack.doubled > 0,
         "W_FILLED": stack.gap is not None,
-        "W_TILT": drift is not None,
+        "W_TILT": stack.drift is not None,
         "W_PIXEL": not all(low <= mm <= high for mm in head.pixel_spacing or ()),
         "W_CONTRAST": head.contrast,
         "W_PRONE": head.patient_position.endswith("P"),
     }
     return [code for code, holds in found.items() if holds]
-
-
-def _normal(s: SliceHeader) -> np.ndarray:
-    orientation = np.array(s.orientation)
-    normal = np.cross(orientation[:3], orientation[3:])
-    length = float(np.linalg.norm(normal))
-    if length < 0.5:
-        raise VolumeError("E_GEOMETRY", where=str(s.path), found="row and column directions that coincide")
-    return np.asarray(normal / length)
-
-
-def _along(s: SliceHeader) -> float:
-    return float(np.array(s.position) @ _normal(s))
-
-
-def _pixel_hash(s: SliceHeader) -> str:
-    return hashlib.sha256(_pixels(s).tobytes()).hexdigest()

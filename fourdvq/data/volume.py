@@ -13,24 +13,36 @@ import numpy as np
 import SimpleITK as sitk
 
 from fourdvq.data.files import write_with
-from fourdvq.data.nifti import check_nifti
+from fourdvq.data.image_files import check_image
+from fourdvq.data.image_header import ImageHeader
+from fourdvq.data.limits import HU_MAX, HU_MIN, IMAGE_SUFFIXES, ReaderLimits, is_image_file, shown
 from fourdvq.errors import VolumeError
 
-HU_MIN, HU_MAX = -1024, 3071  # the range of 12-bit CT; reconstruction padding (-2000, -3024) is clamped to air
+__all__ = [
+    "HU_MAX",
+    "HU_MIN",
+    "IMAGE_SUFFIXES",
+    "Volume",
+    "VolumeLimits",
+    "from_image",
+    "is_image_file",
+    "read_mask",
+    "read_volume",
+    "require_same_grid",
+    "to_image",
+    "write_nifti",
+]
+
 IDENTITY_DIRECTION = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
-IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
-ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
 _NUMERIC = {sitk.sitkInt16, sitk.sitkInt32, sitk.sitkInt64, sitk.sitkFloat32, sitk.sitkFloat64}
 
 
 @dataclass(frozen=True)
-class VolumeLimits:
+class VolumeLimits(ReaderLimits):
     """What an image file must satisfy to be read as CT."""
 
-    max_voxels: int = 1 << 29  # 1 GiB of int16: more is a damaged or hostile header
     air_below_hu: float = -900.0  # some voxel must be below it, or the file is not in Hounsfield units
     min_grey_values: int = 257  # 256 or fewer means an 8-bit export
-    spacing_mm: tuple[float, float] = (0.05, 50.0)
 
 
 @dataclass(frozen=True)
@@ -52,34 +64,30 @@ class Volume:
         return float(np.prod(self.spacing)) / 1000.0
 
 
-def is_image_file(path: Path) -> bool:
-    """Whether the name ends like a volume file that `read_volume` accepts."""
-    return path.name.lower().endswith(IMAGE_SUFFIXES)
-
-
-def read_volume(path: Path, *, limits: VolumeLimits | None = None) -> Volume:
+def read_volume(path: Path, *, limits: VolumeLimits | None = None, readers: ReaderLimits | None = None) -> Volume:
     """Read a CT volume from NIfTI, MHA or NRRD: HU int16 clamped to [-1024, 3071], oriented to LPS.
 
-    Raises VolumeError: E_FILE, E_ARCHIVE, E_CORRUPT (unreadable or cut short), E_BOMB (too many voxels announced),
-    E_NIFTI (4-D, 8-bit, windowed, no geometry or two that disagree), E_GEOMETRY (impossible spacing), E_NAN.
+    `readers` are the site's limits on sizes; they replace those of `limits`. Raises VolumeError: E_FILE, E_ARCHIVE,
+    E_CORRUPT (unreadable, cut short, or too long), E_BOMB (too many voxels announced, or more bytes than announced),
+    E_NIFTI (4-D, 8-bit, windowed, rescaled, no geometry or two that disagree), E_GEOMETRY (impossible spacing), E_NAN.
     """
     limits = limits or VolumeLimits()
-    image = _read_image(path, limits, allowed=_NUMERIC)
+    image, header = _read_image(path, readers or limits, allowed=_NUMERIC)
     values = sitk.GetArrayViewFromImage(image)
-    _check_hounsfield(values, path, limits)
+    _check_hounsfield(values, header, path, limits)
     hu = np.clip(np.rint(values), HU_MIN, HU_MAX).astype(np.int16)
     return from_image(sitk.DICOMOrient(_like(hu, image), "LPS"))
 
 
-def read_mask(path: Path, *, limits: VolumeLimits | None = None) -> Volume:
+def read_mask(path: Path, *, limits: VolumeLimits | None = None, readers: ReaderLimits | None = None) -> Volume:
     """Read a mask file (any non-zero voxel is inside) as uint8 0/1, oriented to LPS.
 
     Raises VolumeError as `read_volume` does for an unreadable file, and E_MASK for an empty mask.
     """
-    image = _read_image(path, limits or VolumeLimits(), allowed=None)
+    image, _ = _read_image(path, readers or limits or VolumeLimits(), allowed=None)
     inside = (sitk.GetArrayViewFromImage(image) != 0).astype(np.uint8)
     if not inside.any():
-        raise VolumeError("E_MASK", where=str(path), found="no voxel inside")
+        raise VolumeError("E_MASK", where=shown(path), found="no voxel inside")
     return from_image(sitk.DICOMOrient(_like(inside, image), "LPS"))
 
 
@@ -118,58 +126,51 @@ def write_nifti(volume: Volume, path: Path, *, description: str = "") -> None:
     write_with(path, lambda temporary: sitk.WriteImage(image, str(temporary), useCompression=path.suffix == ".gz"))
 
 
-def _read_image(path: Path, limits: VolumeLimits, *, allowed: set[int] | None) -> sitk.Image:
-    name = path.name.lower()
-    if not path.exists():
-        raise VolumeError("E_FILE", where=str(path))
-    if name.endswith(ARCHIVE_SUFFIXES):
-        raise VolumeError("E_ARCHIVE", where=str(path), found=path.suffix)
-    if not path.is_file() or not name.endswith(IMAGE_SUFFIXES):
-        found = f"a name ending {path.suffix!r}"
-        raise VolumeError("E_NIFTI", where=str(path), found=found, wanted=" ".join(IMAGE_SUFFIXES))
+def _read_image(path: Path, limits: ReaderLimits, *, allowed: set[int] | None) -> tuple[sitk.Image, ImageHeader]:
+    """ITK's image of a file whose own bytes have been checked first: ITK is silent about too much."""
+    header = check_image(path, limits)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
-        _check_header(reader, path, limits, allowed)
-        if name.endswith((".nii", ".nii.gz")):
-            check_nifti(path)
-        return reader.Execute()
+        _check_information(reader, header, path, limits, allowed)
+        return reader.Execute(), header
     except RuntimeError as error:
         code = "E_NIFTI" if "rthonormal" in str(error) else "E_CORRUPT"
-        raise VolumeError(code, where=str(path), found=_last_line(error)) from None
+        raise VolumeError(code, where=shown(path), found=_last_line(error)) from None
 
 
-def _check_header(reader: sitk.ImageFileReader, path: Path, limits: VolumeLimits, allowed: set[int] | None) -> None:
-    size, spacing = reader.GetSize(), reader.GetSpacing()
-    if len(size) != 3 or min(size) < 2 or reader.GetNumberOfComponents() != 1:
-        shape = "x".join(map(str, size))
-        found = f"{len(size)}-D image of {shape} (x,y,z) voxels with {reader.GetNumberOfComponents()} values each"
-        raise VolumeError("E_NIFTI", where=str(path), found=found, wanted="a 3-D image with one value per voxel")
-    voxels = int(np.prod(np.asarray(size, dtype=np.float64)))
-    if voxels > limits.max_voxels:
-        raise VolumeError("E_BOMB", where=str(path), found=f"{voxels} voxels", wanted=f"at most {limits.max_voxels}")
-    low, high = limits.spacing_mm
-    if not all(low <= s <= high for s in spacing):
-        found = f"voxels of {' x '.join(f'{s:g}' for s in spacing)} mm"
-        raise VolumeError("E_GEOMETRY", where=str(path), found=found, wanted=f"{low:g} to {high:g} mm on each axis")
+def _check_information(
+    reader: sitk.ImageFileReader, header: ImageHeader, path: Path, limits: ReaderLimits, allowed: set[int] | None
+) -> None:
+    size = reader.GetSize()
+    if tuple(size) != header.size or reader.GetNumberOfComponents() != 1:
+        found = (
+            f"{len(size)}-D image of {'x'.join(map(str, size))} voxels, {reader.GetNumberOfComponents()} values each"
+        )
+        raise VolumeError("E_NIFTI", where=shown(path), found=found, wanted="a 3-D image with one value per voxel")
+    limits.check_spacing(reader.GetSpacing(), shown(path))
     if allowed is not None and reader.GetPixelID() not in allowed:
         found = sitk.GetPixelIDValueAsString(reader.GetPixelID())
-        raise VolumeError("E_NIFTI", where=str(path), found=found, wanted="16 or 32 bit integers, or floating point")
+        wanted = "16 or 32 bit integers, or floating point"
+        raise VolumeError("E_NIFTI", where=shown(path), found=found, wanted=wanted)
 
 
-def _check_hounsfield(values: np.ndarray, path: Path, limits: VolumeLimits) -> None:
+def _check_hounsfield(values: np.ndarray, header: ImageHeader, path: Path, limits: VolumeLimits) -> None:
+    where = shown(path)
     if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
-        found = f"{int((~np.isfinite(values)).sum())} voxels"
-        raise VolumeError("E_NAN", where=str(path), found=found)
+        raise VolumeError("E_NAN", where=where, found=f"{int((~np.isfinite(values)).sum())} voxels")
     low = float(values.min())
+    if not header.has_plain_scale(low):
+        found = f"a scale of {header.slope:g} and an offset of {header.intercept:g}"
+        raise VolumeError("E_NIFTI", where=where, found=found, wanted="Hounsfield units as they are stored")
     if low >= limits.air_below_hu:
         wanted = f"air below {limits.air_below_hu:g} HU"
-        raise VolumeError("E_NIFTI", where=str(path), found=f"smallest value {low:g}", wanted=wanted)
+        raise VolumeError("E_NIFTI", where=where, found=f"smallest value {low:g}", wanted=wanted)
     grey_values = np.unique(values[:: max(1, len(values) // 32)]).size
     if grey_values < limits.min_grey_values:
         wanted = f"at least {limits.min_grey_values} grey values"
-        raise VolumeError("E_NIFTI", where=str(path), found=f"{grey_values} grey values", wanted=wanted)
+        raise VolumeError("E_NIFTI", where=where, found=f"{grey_values} grey values", wanted=wanted)
 
 
 def _corners(volume: Volume) -> np.ndarray:

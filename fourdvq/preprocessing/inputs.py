@@ -45,6 +45,7 @@ class SourceHashes:
     """
 
     def __init__(self, path: Path | None = None) -> None:
+        self.new = 0  # files hashed since the last save
         self._path = path
         self._known: dict[str, str] = {}
         if path is not None and path.is_file():
@@ -58,13 +59,20 @@ class SourceHashes:
             look = self._look(path)
             if look not in self._known:
                 self._known[look] = content_sha256(path)
+                self.new += 1
             parts.append(self._known[look])
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def save(self) -> None:
-        """Write what is known to the file given at the start, if any."""
-        if self._path is not None:
-            write_atomic(self._path, json.dumps(self._known, sort_keys=True).encode())
+        """Write what is known to the file given at the start, if there is one and something is new.
+
+        What another run has added meanwhile is kept; whoever calls makes sure that nobody else writes just now.
+        """
+        if self._path is None or not self.new:
+            return
+        stored = json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
+        write_atomic(self._path, json.dumps(stored | self._known, sort_keys=True).encode())
+        self.new = 0
 
     @staticmethod
     def _look(path: Path) -> str:
@@ -88,7 +96,8 @@ def load_input(scan: ScanInput, limits: LimitsSpec, *, with_mask: bool) -> Loade
     if scan.kind == "image":
         volume = read_volume(scan.path)
         return LoadedScan(volume, mask, (), volume.spacing[0])
-    from fourdvq.data.series import SeriesLimits, best_series, load_series
+    from fourdvq.data.choice import best_series
+    from fourdvq.data.series import SeriesLimits, load_series
 
     candidate = best_series(scan.path, study_key=scan.study_key)
     series_limits = SeriesLimits(fill_single_gap=limits.fill_single_gap, shear_tilt=limits.tilt == "shear")

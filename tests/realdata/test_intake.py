@@ -9,8 +9,9 @@ import pytest
 import SimpleITK as sitk
 
 from dicom_factory import write_series
+from fourdvq.data.choice import best_series
 from fourdvq.data.dicom import scan_folder
-from fourdvq.data.series import best_series, load_series
+from fourdvq.data.series import load_series
 from fourdvq.data.volume import Volume, from_image, read_mask, read_volume, to_image, write_nifti
 from fourdvq.preprocessing.pipeline import ScanInput, prepare_patient
 from fourdvq.preprocessing.profile import RegistrationSpec, load_profile

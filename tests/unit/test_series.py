@@ -9,9 +9,10 @@ import pytest
 from pydicom.uid import SecondaryCaptureImageStorage
 
 from dicom_factory import CANARY_ID, rewrite, write_series
+from fourdvq.data.choice import best_series
 from fourdvq.data.cohort import load_cohort
 from fourdvq.data.dicom import find_series, scan_folder
-from fourdvq.data.series import LoadedSeries, SeriesLimits, best_series, load_series, read_series
+from fourdvq.data.series import LoadedSeries, SeriesLimits, load_series, read_series
 from fourdvq.data.volume import Volume
 from fourdvq.errors import VolumeError
 from synthetic_lungs import chest
