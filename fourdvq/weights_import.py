@@ -50,14 +50,17 @@ def import_weights(source: Path, target: Path, *, sha256: str) -> str:
     return file_sha256(target)
 
 
+def read_weights(source: Path, *, sha256: str) -> dict[str, Tensor]:
+    """The named tensors of a .pth file, by the same door and with the same errors as `import_weights`."""
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / "weights.safetensors"
+        import_weights(source, part, sha256=sha256)
+        return load_file(part)
+
+
 def import_perceptual(vgg: Path, heads: Path, target: Path, *, vgg_sha256: str, heads_sha256: str) -> str:
     """Make the file of `fourdvq.perceptual` from torchvision's VGG16 and LPIPS' heads; returns its sha256."""
-    with tempfile.TemporaryDirectory() as folder:
-        parts = []
-        for name, source, sha256 in (("vgg", vgg, vgg_sha256), ("heads", heads, heads_sha256)):
-            part = Path(folder) / f"{name}.safetensors"
-            import_weights(source, part, sha256=sha256)
-            parts.append(load_file(part))
+    parts = [read_weights(vgg, sha256=vgg_sha256), read_weights(heads, sha256=heads_sha256)]
     write_atomic(target, save_tensors(perceptual_tensors(*parts)))
     return file_sha256(target)
 

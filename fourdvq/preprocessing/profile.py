@@ -72,8 +72,19 @@ class SegmentationSpec:
     """How the lung mask is found; one method for a whole federation."""
 
     method: Literal["threshold", "provided", "lungmask_r231"] = "threshold"
-    weights_sha256: str = ""
-    step_mm: float | None = None
+    air_hu: float = -400.0  # threshold: half way between aerated lung (-850) and soft tissue (40)
+    weights_sha256: str = ""  # lungmask_r231: of the weights file as its authors published it
+    step_mm: float | None = None  # lungmask_r231: look at a slice every so many mm and interpolate; null: every slice
+
+    def __post_init__(self) -> None:
+        if not -900.0 <= self.air_hu <= -100.0:
+            raise ValueError(f"air_hu {self.air_hu:g} is not between lung and tissue (-900 to -100)")
+        if self.step_mm is not None and not self.step_mm > 0:
+            raise ValueError(f"step_mm {self.step_mm:g} is not above 0")
+        if self.weights_sha256 and not _is_sha256(self.weights_sha256):
+            raise ValueError(f"weights_sha256 {self.weights_sha256!r} is not 64 hexadecimal digits in lower case")
+        if self.method == "lungmask_r231" and not self.weights_sha256:
+            raise ValueError("method lungmask_r231 needs weights_sha256: the coordinator enters the file's full sha256")
 
 
 @dataclass(frozen=True)
@@ -180,14 +191,18 @@ def load_profile(path: Path) -> Profile:
 def require_supported(profile: Profile) -> None:
     """Raise ConfigError E_UNSUPPORTED, before any work, for a method or backend that is not there."""
     from fourdvq.preprocessing.registration.backends import backend_named
-    from fourdvq.preprocessing.segmentation import METHODS
+    from fourdvq.preprocessing.segmentation import SEGMENTERS
 
-    if profile.segmentation.method not in METHODS:
+    if profile.segmentation.method not in SEGMENTERS:
         raise ConfigError(
             "E_UNSUPPORTED",
             where="profile.segmentation.method",
             found=profile.segmentation.method,
-            wanted="one of " + ", ".join(sorted(METHODS)),
+            wanted="one of " + ", ".join(sorted(SEGMENTERS)),
             fix="use a profile with one of these methods; all sites of a federation use the same one",
         )
     backend_named(profile.registration.backend)
+
+
+def _is_sha256(text: str) -> bool:
+    return len(text) == 64 and set(text) <= set("0123456789abcdef")
