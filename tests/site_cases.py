@@ -22,11 +22,12 @@ from fourdvq.data.prepared import write_table
 from fourdvq.data.volume import write_nifti
 from fourdvq.federation.codebook import CodebookState
 from fourdvq.models.latent_ode import LatentODE
+from fourdvq.models.vqgan import load_codebook, load_generator, tokenizer_sha256
 from fourdvq.plan import FederationSpec, GanSpec, ModelSpec, Plan, TemporalSpec, VqganTraining
 from fourdvq.preprocessing.profile import profile_from
 from fourdvq.tensors import payload_sha256
 from fourdvq.training.seeds import seeded
-from fourdvq.training.vqgan import initial_weights
+from fourdvq.training.vqgan import initial_model, initial_weights
 from fourdvq.wire.flower import pack, unpack
 from fourdvq.wire.messages import (
     PROTOCOL,
@@ -47,7 +48,9 @@ from fourdvq_client.audit import AuditLog
 from fourdvq_client.code_identity import Installed
 from fourdvq_client.guard import Guard
 from fourdvq_client.policy import LoadedPolicy, parse_policy
-from fourdvq_client.runtime import Site, open_site
+from fourdvq_client.released import store_release
+from fourdvq_client.runtime import Site, open_site, store_plan
+from fourdvq_client.workspace import open_workspace, read_profile
 from synthetic_lungs import chest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -318,3 +321,22 @@ class Caller:
         profile = canonical_json(profile_from(tiny_profile()))
         self.ask(PlanTask(plan_json=self.plan.to_json(), profile_json=profile))
         embedded.approve(self.root, by="Dr Test")
+
+
+def give_model(root: Path, plan: Plan | None = None, ode: dict[str, torch.Tensor] | None = None) -> Path:
+    """A released model, untrained unless `ode` weights are given, as `query.release` would leave it."""
+    workspace, _ = open_workspace(root)
+    plan, state = plan or tiny_plan(), codebook()
+    store_plan(workspace, plan, read_profile(workspace))
+    model = initial_model(plan)
+    load_generator(model, initial_weights(plan))
+    load_codebook(model, state)
+    named = {f"vqgan.{n}": t for n, t in initial_weights(plan).items()}
+    named |= {f"ode.{n}": t for n, t in (ode or ode_weights(plan)).items()}
+    named |= {f"codebook.{n}": getattr(state, n) for n in ("codes", "counts", "sums")}
+    card = {
+        "version": "r1", "run": "run-1", "round": 3, "plan_sha256": plan.hash,
+        "tokenizer_sha256": tokenizer_sha256(model), "weights_sha256": payload_sha256(named),
+    }  # fmt: skip
+    store_release(workspace, card, named)
+    return root

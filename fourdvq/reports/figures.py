@@ -68,7 +68,7 @@ def trajectory_figure(
             if volume is None:
                 pen.rectangle((*place, place[0] + TILE - 1, place[1] + TILE - 1), fill=EMPTY)
                 continue
-            tile = _tile(volume, plane, view, spacing)
+            tile = plane_tile(volume, plane, view, spacing, TILE)
             canvas.paste(tile, (place[0] + (TILE - tile.width) // 2, place[1] + (TILE - tile.height) // 2))
     stream = io.BytesIO()
     canvas.save(stream, format="PNG", optimize=False)
@@ -101,7 +101,10 @@ def _busiest(change: np.ndarray, extent: tuple[int, int]) -> tuple[int, int] | N
     return int(row), int(column)
 
 
-def _tile(volume: np.ndarray, plane: str, view: View, spacing: tuple[float, float, float]) -> Image.Image:
+def plane_tile(
+    volume: np.ndarray, plane: str, view: View, spacing: tuple[float, float, float], side: int
+) -> Image.Image:
+    """One slice (or the close-up) as a picture whose longer side has `side` pixels, in true proportions."""
     from PIL import Image, ImageDraw
 
     z, y, x = view.centre
@@ -117,7 +120,7 @@ def _tile(volume: np.ndarray, plane: str, view: View, spacing: tuple[float, floa
     if plane in UP_IS_HEAD:
         grey = grey[::-1]
     size_mm = (grey.shape[1] * step[1], grey.shape[0] * step[0])
-    scale = TILE / max(size_mm)
+    scale = side / max(size_mm)
     size = (max(1, round(size_mm[0] * scale)), max(1, round(size_mm[1] * scale)))
     pixels = np.round(np.clip(grey, 0, 1) * 255).astype(np.uint8)
     tile = Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.BILINEAR).convert("RGB")
@@ -128,10 +131,15 @@ def _tile(volume: np.ndarray, plane: str, view: View, spacing: tuple[float, floa
     return tile
 
 
+def years_text(years: float) -> str:
+    """`0.5 y`, `2 y`."""
+    return f"{years:.2f}".rstrip("0").rstrip(".") + " y"
+
+
 def _write_heads(pen: ImageDraw.ImageDraw, years: Sequence[float], labels: Sequence[str] | None, title: str) -> None:
     pen.text((6, 4), title, fill=INK, font=_font(13))
     for c, year in enumerate(years):
-        text = f"{year:.2f}".rstrip("0").rstrip(".") + " y" + (f", {labels[c]}" if labels else "")
+        text = years_text(year) + (f", {labels[c]}" if labels else "")
         pen.text((LEFT + c * (TILE + GAP), 22), text, fill=INK, font=_font(12))
 
 

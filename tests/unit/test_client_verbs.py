@@ -15,15 +15,13 @@ import torch
 
 from client_calls import call
 from fourdvq.data.files import file_sha256
-from fourdvq.models.vqgan import load_codebook, load_generator, tokenizer_sha256
 from fourdvq.tensors import payload_sha256
-from fourdvq.training.vqgan import initial_model, initial_weights
 from fourdvq_client import embedded
 from fourdvq_client.preparation import pseudonym_of, real_ids
-from fourdvq_client.released import SUMS, store_release
+from fourdvq_client.released import SUMS
 from fourdvq_client.runtime import store_plan
 from fourdvq_client.workspace import open_workspace, read_profile
-from site_cases import PATIENTS, codebook, hospital, new_site, ode_weights, prepared_site, tiny_plan
+from site_cases import PATIENTS, give_model, hospital, new_site, prepared_site, tiny_plan
 
 
 @pytest.fixture(autouse=True)
@@ -37,25 +35,6 @@ def one_thread():
 @pytest.fixture
 def root(tmp_path):
     return prepared_site(tmp_path / "site")
-
-
-def give_model(root):
-    """A released model, untrained, as `query.release` would leave it."""
-    workspace, _ = open_workspace(root)
-    plan, state = tiny_plan(), codebook()
-    store_plan(workspace, plan, read_profile(workspace))
-    model = initial_model(plan)
-    load_generator(model, initial_weights(plan))
-    load_codebook(model, state)
-    named = {f"vqgan.{n}": t for n, t in initial_weights(plan).items()}
-    named |= {f"ode.{n}": t for n, t in ode_weights(plan).items()}
-    named |= {f"codebook.{n}": getattr(state, n) for n in ("codes", "counts", "sums")}
-    card = {
-        "version": "r1", "run": "run-1", "round": 3, "plan_sha256": plan.hash,
-        "tokenizer_sha256": tokenizer_sha256(model), "weights_sha256": payload_sha256(named),
-    }  # fmt: skip
-    store_release(workspace, card, named)
-    return root
 
 
 # --- tables and preparation --------------------------------------------------------------------------------------
@@ -210,8 +189,8 @@ def test_decisions_are_recorded_with_a_name_and_training_reads_approved_scans_on
 def test_the_contact_sheet_is_one_file_without_links_to_anywhere(root):
     assert call(root, "qc", "open")[0] == 0
     page = (root / "prep" / "contact_sheet.html").read_text()
-    assert page.count("data:image/png;base64,") == 18
-    assert "http" not in page
+    assert page.count("data:image/jpeg;base64,") == 18
+    assert "://" not in page
     assert not [i for i in PATIENTS if i in page]
 
 

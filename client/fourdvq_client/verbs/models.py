@@ -72,18 +72,40 @@ def generate(
     residual: Annotated[
         bool, typer.Option("--residual", help="Last scan plus the predicted change, not the decoder's own image.")
     ] = False,
+    samples: Annotated[
+        int, typer.Option(help="Courses to draw of a variational model: adds mean and spread.", min=0)
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of the drawn courses.")] = 0,
+    precision: Annotated[
+        str, typer.Option(help="Of the decoder: fp32 or bf16 (faster where the CPU has it).")
+    ] = "fp32",
+    dicom: Annotated[bool, typer.Option("--dicom", help="Also a CT series per time, marked synthetic.")] = False,
+    beyond_horizon: Annotated[
+        bool, typer.Option("--beyond-horizon", help="Also for times later than any patient was seen.")
+    ] = False,
 ) -> Result:
-    """Generate scans of a patient at other times, labelled synthetic, as NIfTI with a picture beside."""
+    """Generate scans of a patient at other times, labelled synthetic: NIfTI, a figure, a moving picture, a manifest."""
     from fourdvq.errors import ConfigError
-    from fourdvq_client.site_generation import Asked, Detail, generate_for, parse_times
+    from fourdvq_client.generated_files import How
+    from fourdvq_client.site_generation import Asked, generate_for, parse_times
 
     if bool(times) == (interval is not None or years is not None):
         raise ConfigError("E_USAGE", where="generate", found="", wanted="--interval with --years, or --times")
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError("E_USAGE", where="--precision", found=precision, wanted="fp32 or bf16")
     workspace, config = here()
     asked = Asked(interval=interval, years=years, times=parse_times(times) if times else None)
-    detail: Detail = "residual" if residual else "decode"
-    made = generate_for(workspace, config, patient=patient, asked=asked, version=model, detail=detail, given=given)
+    how = How(
+        detail="residual" if residual else "decode",
+        given=given,
+        samples=samples,
+        seed=seed,
+        precision="bf16" if precision == "bf16" else "fp32",
+        beyond_horizon=beyond_horizon,
+        dicom=dicom,
+    )
+    made = generate_for(workspace, config, patient=patient, asked=asked, version=model, how=how)
     lines = [f"patient {made.pseudonym}, model {made.model}: {len(made.times)} synthetic scans"]
     lines += [f"  {time:g} years  {path}" for time, path in zip(made.times, made.volumes, strict=True)]
-    lines += [f"  picture  {made.figure}", *(f"  {flag}" for flag in made.flags)]
+    lines += [f"  picture  {made.figure}", f"  moving   {made.animation}", *(f"  {flag}" for flag in made.flags)]
     return Result(made.as_dict(), tuple(lines))
