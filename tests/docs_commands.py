@@ -40,7 +40,14 @@ CLIENT: dict[str, Note] = {
     "init": Note("init leuven.invitation.json --workdir leuven", "5 the invitation is damaged or of another version"),
     "check": Note("check --data --network", "that of the first FAIL (1 to 5); warnings alone are 0"),
     "scan": Note("scan", "3 a finding blocks a patient or scan"),
-    "preprocess": Note("preprocess --workers 8", "3 some scans were refused; 75 another process works in this folder"),
+    "fetch-weights": Note(
+        "fetch-weights --from unet_r231-d5d2fc3d.pth",
+        "1 other bytes than the profile's; 4 the server does not answer; 75 the connection broke: again goes on",
+    ),
+    "preprocess": Note(
+        "preprocess --shard 3/8 --workers 4",
+        "3 scans were refused, failed or are damaged; 75 SIGTERM, a full disk, or another run has the folder or shard",
+    ),
     "dry-run": Note("dry-run experiment=tiny --until ode", "3 no approved scan; 75 the site's rules refused a round"),
     "approve": Note("approve --latest --show", "5 this account may not write policy.yaml, or another profile"),
     "join": Note(
@@ -69,6 +76,9 @@ CLIENT: dict[str, Note] = {
     "qc list": Note("qc list --undecided", "3 nothing is prepared"),
     "qc approve": Note("qc approve --passed --by 'A. Person'", "3 no such patient or scan"),
     "qc reject": Note("qc reject 007/1 --reason 'breathing'", "3 no such patient or scan"),
+    "qc redo": Note(
+        "qc redo 007/1 --reason 'new mask'", "3 no such patient or scan; 75 another process works in this folder"
+    ),
     "qc open": Note("qc open", "3 nothing is prepared"),
     "policy show": Note("policy show", "5 the policy cannot be read"),
     "policy check": Note("policy check", "5 the policy cannot be read, or does not fit this site"),

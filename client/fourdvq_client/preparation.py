@@ -1,40 +1,62 @@
-"""From the hospital's tables and scans to prep/: pseudonyms, parallel preparation, splits, the manifest.
+"""From the hospital's tables and scans to prep/: pseudonyms, what has to be made, parallel preparation, the summary.
 
 Real ids are read from the hospital's own tables and written to two places only: findings.csv and private/.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import secrets
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
-from fourdvq.data.cohort import Cohort, Finding, load_cohort, pseudonyms, write_clinical
-from fourdvq.data.prepared import read_splits, write_splits
-from fourdvq.data.review import rejected_indices
-from fourdvq.data.splits import SplitPatient, assign_splits
-from fourdvq.errors import CohortError
-from fourdvq.plan import SplitSpec
-from fourdvq.preprocessing.pipeline import PatientResult, scan_inputs, write_manifest
-from fourdvq.preprocessing.profile import require_supported
-from fourdvq_client.approval import LATEST, find_plan
-from fourdvq_client.patient_pool import PatientJob, prepare_all
-from fourdvq_client.policy import load_policy
-from fourdvq_client.site_folder import SECRET_BYTES
-from fourdvq_client.workspace import SiteConfig, Workspace, read_profile, write_private
+from fourdvq.data.cohort import Cohort, Finding, load_cohort, pseudonyms
+from fourdvq.data.review import rejected_by_patient
+from fourdvq.errors import CohortError, explain
+from fourdvq.preprocessing.manifest import DamagedScan, verify, write_manifest
+from fourdvq.preprocessing.pipeline import PatientResult, StepInHand, forget_step, scan_inputs, settled_patient
+from fourdvq.preprocessing.profile import Profile, require_supported
+from fourdvq_client.cohort_tables import finish_tables, set_apart_others, write_names
+from fourdvq_client.intake import dicom_options, write_intake
+from fourdvq_client.shards import WHOLE, Shard, tables_locked
+from fourdvq_client.site_secret import real_ids, site_secret
+from fourdvq_client.workspace import SiteConfig, Workspace, read_profile
 
-FINDING_COLUMNS = ("code", "where", "found", "fix", "patient_id", "scan_id")
-_LEFT_OUT = ".left-out"  # below the depth at which prepared scans are looked for
+if TYPE_CHECKING:
+    from fourdvq.data.limits import ReaderLimits
+    from fourdvq_client.patient_worker import PatientJob
+
+__all__ = [
+    "PreparationSummary",
+    "Request",
+    "blocking",
+    "prepare_site",
+    "pseudonym_of",
+    "read_cohort",
+    "real_ids",
+    "site_secret",
+    "verify_site",
+]
+
+_SAVED_EVERY = 50  # newly hashed files: hashing a cohort takes minutes, and a kill should not cost them
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asks of a preparation."""
+
+    shard: Shard = WHOLE
+    retry_failed: bool = False  # refused and failed scans are tried again
+    force: str = ""  # a step from which everything is made again
+    auto_approve: bool = False  # approve undecided scans of grade PASS
+    scan_seconds: float = 10_800.0
+    isolated: bool = False  # a process of its own even for a single worker
 
 
 @dataclass(frozen=True)
 class PreparationSummary:
-    """What became of the scans: counts by status and by code."""
+    """What became of the scans of this run: counts by status and by code."""
 
     patients: int
     scans: int
@@ -44,10 +66,18 @@ class PreparationSummary:
     by_code: dict[str, int]
     splits: dict[str, int]
     details: tuple[str, ...]  # pseudonym, scan, code and words, for people at the site
+    workers: int  # processes that worked side by side; 0 if nothing had to be made
+    auto_approved: int
+    waiting: int  # scans of the cohort that other shards have not made yet
+    contact_sheet: str
 
     def as_dict(self) -> dict[str, object]:
         """For `--json`."""
-        return {**vars(self), "details": list(self.details)}
+        return {**vars(self), "details": list(self.details), "remedies": self.remedies()}
+
+    def remedies(self) -> dict[str, str]:
+        """What to do about each code."""
+        return {code: explain(code).fix for code in sorted(self.by_code)}
 
     @property
     def some_refused(self) -> bool:
@@ -55,8 +85,21 @@ class PreparationSummary:
         return bool(self.blocking) or any(self.by_status.get(status) for status in ("refused", "failed"))
 
 
-def read_cohort(workspace: Workspace, config: SiteConfig) -> Cohort:
-    """The hospital's tables and scans as they are now; the findings are written to findings.csv (mode 0600)."""
+@dataclass(frozen=True)
+class Verification:
+    """How much was read, and what is not as it was written."""
+
+    patients: int
+    scans: int
+    damaged: tuple[DamagedScan, ...]
+
+
+def read_cohort(workspace: Workspace, config: SiteConfig, progress: Callable[[int, int], None] | None = None) -> Cohort:
+    """The hospital's tables and scans as they are now; findings.csv and candidates.csv (mode 0600) say what was found.
+
+    `progress` is told how many files of a DICOM folder were looked at, and of how many. Raises CohortError for tables
+    that cannot be read, ConfigError for a series.yaml that names nothing.
+    """
     cohort = load_cohort(
         config.clinical,
         config.scans_csv,
@@ -64,10 +107,9 @@ def read_cohort(workspace: Workspace, config: SiteConfig) -> Cohort:
         columns=config.columns,
         values=config.values,
         today=datetime.now(UTC).date(),
+        dicom=dicom_options(workspace, progress),
     )
-    write_private(
-        workspace.findings, _csv(FINDING_COLUMNS, ([getattr(f, c) for c in FINDING_COLUMNS] for f in cohort.findings))
-    )
+    write_intake(workspace, cohort)
     return cohort
 
 
@@ -76,61 +118,67 @@ def prepare_site(
     config: SiteConfig,
     *,
     workers: int = 0,
-    retry_failed: bool = False,
+    request: Request | None = None,
     progress: Callable[[int, int], None] | None = None,
+    on_step: Callable[[str], None] | None = None,
 ) -> PreparationSummary:
-    """Prepare every usable patient; what did not change is kept. `workers` 0 takes the number from site.yaml.
+    """Prepare every usable patient of the shard; what did not change is kept. `workers` 0 takes site.yaml's number.
 
-    Raises ConfigError for the profile, CohortError for tables that cannot be read, TemporaryStop DISK_FULL.
+    `progress` is called with (patients done, all patients), `on_step` with the step in hand. Whoever calls holds
+    `shards.preparing`. Raises ConfigError for the profile, CohortError for tables that cannot be read, TemporaryStop
+    DISK_FULL.
     """
+    request = request or Request()
     profile = read_profile(workspace)
-    require_supported(profile)
     cohort = read_cohort(workspace, config)
     if not cohort.usable:
         raise CohortError(
             "E_FEW", where=str(config.clinical), found="no usable patient", fix=f"see {workspace.findings.name}"
         )
-    names = pseudonyms(site_secret(workspace), [p.patient_id for p in cohort.usable])
-    _write_names(workspace, names)
-    _set_apart_others(workspace, set(names.values()))
-    from fourdvq.preprocessing.inputs import SourceHashes
-
-    hashes = SourceHashes(workspace.state / "source_hashes.json")
-    jobs = [
-        PatientJob(
-            pseudonym=names[p.patient_id],
-            scans=tuple(scan_inputs(cohort, p.patient_id, hashes)),
-            excluded=rejected_indices(workspace.prep, names[p.patient_id]),
-        )
-        for p in cohort.usable
-    ]
-    hashes.save()
-    results = prepare_all(
-        jobs, profile, workspace.prep, workers=workers or config.workers, retry_failed=retry_failed, progress=progress
+    with tables_locked(workspace):
+        names = pseudonyms(site_secret(workspace), [p.patient_id for p in cohort.usable])
+        write_names(workspace, names)
+        set_apart_others(workspace, set(names.values()), request.shard)
+    jobs = _jobs(workspace, cohort, names, request, on_step)
+    if request.force:
+        for job in jobs:
+            forget_step(workspace.prep / job.pseudonym, request.force)
+    watcher = _Watcher(len(jobs), progress, on_step)
+    settled = _settled(jobs, profile, workspace, watcher)
+    to_make = [job for job in jobs if job.pseudonym not in settled]
+    used, made = _make(to_make, profile, workspace, config, workers, request, watcher) if to_make else (0, [])
+    results = settled | {r.pseudonym: r for r in made}
+    finished = finish_tables(workspace, cohort, names, whole=request.shard.whole, auto_approve=request.auto_approve)
+    return _summary(
+        [results[job.pseudonym] for job in jobs],
+        blocking=blocking(cohort.findings),
+        splits=finished.splits,
+        workers=used,
+        auto_approved=finished.auto_approved,
+        waiting=finished.waiting,
+        contact_sheet=str(finished.contact_sheet),
     )
-    write_clinical(workspace.prep, cohort.usable, names)
-    splits = _split(workspace, cohort, names, results)
-    write_manifest(workspace.prep, results)
-    return _summary(results, splits, blocking(cohort.findings))
 
 
-def site_secret(workspace: Workspace) -> bytes:
-    """The key of pseudonyms and splits; made once, never changed: another one would rename every patient."""
-    if not workspace.secret.is_file():
-        if workspace.patients.is_file():
-            raise CohortError(
-                "E_FILE", where=str(workspace.secret), fix="restore private/secret from a backup: it names the patients"
-            )
-        write_private(workspace.secret, secrets.token_bytes(SECRET_BYTES))
-    return workspace.secret.read_bytes()
+def verify_site(
+    workspace: Workspace, shard: Shard, *, progress: Callable[[int, int], None] | None = None
+) -> Verification:
+    """Read and hash every prepared file of the shard's patients; what is damaged is made again by the next run.
 
-
-def real_ids(workspace: Workspace) -> dict[str, str]:
-    """Pseudonym to real id, from private/; empty before the first preparation."""
-    if not workspace.patients.is_file():
-        return {}
-    with workspace.patients.open(encoding="utf-8", newline="") as stream:
-        return {row["pseudonym"]: row["patient_id"] for row in csv.DictReader(stream)}
+    Whoever calls holds `shards.preparing`.
+    """
+    prep = workspace.prep
+    mine = sorted(p.name for p in prep.glob("*") if p.is_dir() and not p.name.startswith(".") and shard.has(p.name))
+    scans = sum(p.name.isdigit() for name in mine for p in (prep / name).iterdir())
+    damaged: list[DamagedScan] = []
+    for done, found in enumerate(verify(prep, mine), start=1):
+        damaged += found
+        if progress is not None:
+            progress(done, len(mine))
+    if damaged:
+        with tables_locked(workspace):
+            write_manifest(prep)
+    return Verification(len(mine), scans, tuple(damaged))
 
 
 def pseudonym_of(workspace: Workspace, named: str) -> str:
@@ -153,53 +201,111 @@ def blocking(findings: Iterable[Finding]) -> int:
     return sum(f.blocks for f in findings)
 
 
-def _split(
-    workspace: Workspace, cohort: Cohort, names: dict[str, str], results: Sequence[PatientResult]
-) -> dict[str, int]:
-    """Give every prepared patient a split; those who have one keep it."""
-    prepared = {r.pseudonym: sum(bool(s.content_sha256) for s in r.scans) for r in results}
-    patients = [
-        SplitPatient(names[p.patient_id], prepared[names[p.patient_id]], p.event == "death")
-        for p in cohort.usable
-        if prepared.get(names[p.patient_id])
-    ]
-    existing = read_splits(workspace.prep)
-    assigned = assign_splits(patients, key=site_secret(workspace), shares=_shares(workspace), existing=existing)
-    write_splits(workspace.prep, assigned)
-    present = {p.pseudonym for p in patients}
-    return dict(Counter(split for pseudonym, split in assigned.items() if pseudonym in present))
+class _Watcher:
+    """Counts patients and names steps for whoever waits."""
+
+    def __init__(
+        self, total: int, progress: Callable[[int, int], None] | None, on_step: Callable[[str], None] | None
+    ) -> None:
+        self._total = total
+        self._done = 0
+        self._progress = progress
+        self._on_step = on_step
+
+    def step(self, pseudonym: str, step: StepInHand) -> None:
+        """A step begins."""
+        if self._on_step is not None:
+            self._on_step(f"{pseudonym} scan {step.scan.index}: {step.name}")
+
+    def patient(self, result: PatientResult) -> None:
+        """A patient is done."""
+        del result
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total)
 
 
-def _shares(workspace: Workspace) -> SplitSpec:
-    """All test at an external site; else the shares of the plan that came last, or the defaults before any came."""
-    if load_policy(workspace.policy_yaml).rules.role == "external":
-        return SplitSpec(train=0.0, validation=0.0, test=1.0)
-    return find_plan(workspace, LATEST).splits if (workspace.plans / LATEST).is_file() else SplitSpec()
+def _jobs(
+    workspace: Workspace,
+    cohort: Cohort,
+    names: dict[str, str],
+    request: Request,
+    on_step: Callable[[str], None] | None,
+) -> list[PatientJob]:
+    """The shard's patients, with the content hashes of their files; those are remembered as they are found."""
+    from fourdvq.preprocessing.inputs import SourceHashes
+    from fourdvq_client.patient_worker import PatientJob
+
+    hashes = SourceHashes(workspace.state / "source_hashes.json")
+    rejected = rejected_by_patient(workspace.prep)
+    mine = [p for p in cohort.usable if request.shard.has(names[p.patient_id])]
+    jobs = []
+    for patient in mine:
+        name = names[patient.patient_id]
+        scans = tuple(scan_inputs(cohort, patient.patient_id, hashes))
+        retry = frozenset(s.index for s in scans) if request.retry_failed else frozenset()
+        jobs.append(PatientJob(name, scans, rejected.get(name, frozenset()), retry))
+        if hashes.new >= _SAVED_EVERY:
+            _save(workspace, hashes.save)
+            if on_step is not None:
+                on_step(f"hashed the files of {len(jobs)} of {len(mine)} patients")
+    _save(workspace, hashes.save)
+    return jobs
 
 
-def _set_apart_others(workspace: Workspace, present: set[str]) -> None:
-    """Move prepared patients that are no longer in the tables out of what training reads, and back if they return.
-
-    Not deleted: a table that was saved half would cost days of work.
-    """
-    apart = workspace.prep / _LEFT_OUT
-    for folder in [p for p in workspace.prep.glob("*") if p.is_dir() and p.name != _LEFT_OUT]:
-        if folder.name not in present:
-            apart.mkdir(exist_ok=True)
-            shutil.rmtree(apart / folder.name, ignore_errors=True)
-            folder.rename(apart / folder.name)
-    for folder in apart.glob("*") if apart.is_dir() else ():
-        if folder.name in present and not (workspace.prep / folder.name).exists():
-            folder.rename(workspace.prep / folder.name)
+def _save(workspace: Workspace, save: Callable[[], None]) -> None:
+    with tables_locked(workspace):
+        save()
 
 
-def _write_names(workspace: Workspace, names: dict[str, str]) -> None:
-    """The table of all patients ever seen: a name once given is never forgotten."""
-    known = {real: pseudonym for pseudonym, real in real_ids(workspace).items()} | names
-    write_private(workspace.patients, _csv(("patient_id", "pseudonym"), sorted(known.items())))
+def _settled(
+    jobs: Sequence[PatientJob], profile: Profile, workspace: Workspace, watcher: _Watcher
+) -> dict[str, PatientResult]:
+    """The patients of whom nothing has to be made; no process is started for them, and no image library loaded."""
+    settled = {}
+    for job in jobs:
+        result = settled_patient(
+            job.scans, profile, workspace.prep, pseudonym=job.pseudonym, excluded=job.excluded, retry=job.retry
+        )
+        if result is not None:
+            settled[job.pseudonym] = result
+            watcher.patient(result)
+    return settled
 
 
-def _summary(results: Sequence[PatientResult], splits: dict[str, int], blocked: int) -> PreparationSummary:
+def _make(
+    jobs: Sequence[PatientJob],
+    profile: Profile,
+    workspace: Workspace,
+    config: SiteConfig,
+    workers: int,
+    request: Request,
+    watcher: _Watcher,
+) -> tuple[int, list[PatientResult]]:
+    """The number of workers that the memory allows, and what they made."""
+    from fourdvq_client.patient_pool import Limits, Means, prepare_all
+    from fourdvq_client.worker_memory import free_memory, worker_need
+
+    require_supported(profile)
+    free = free_memory()
+    asked = min(workers or config.workers, len(jobs))
+    count = min(asked, max(1, free // worker_need(profile)))
+    in_process = count == 1 and not request.isolated
+    means = Means(profile, workspace.prep, config.device, config.weights, _readers(workspace))
+    limits = Limits(0 if in_process else count, free, request.scan_seconds)
+    return count, prepare_all(jobs, means, limits, watcher)
+
+
+def _readers(workspace: Workspace) -> ReaderLimits:
+    """The site's own bounds on what an image header may announce."""
+    from fourdvq.data.limits import ReaderLimits
+    from fourdvq_client.policy import load_policy
+
+    limits = load_policy(workspace.policy_yaml).rules.limits
+    return ReaderLimits(limits.max_voxels, limits.spacing_mm, limits.decode_memory_mb)
+
+
+def _summary(results: Sequence[PatientResult], **facts: object) -> PreparationSummary:
     scans = [(r.pseudonym, s) for r in results for s in r.scans]
     told = tuple(
         f"{pseudonym} scan {s.index}: {s.code} {s.detail}".rstrip()
@@ -210,17 +316,8 @@ def _summary(results: Sequence[PatientResult], splits: dict[str, int], blocked: 
         patients=len(results),
         scans=len(scans),
         reused=sum(s.reused for _, s in scans),
-        blocking=blocked,
         by_status=dict(Counter(s.status for _, s in scans)),
         by_code=dict(Counter(s.code for _, s in scans if s.code)),
-        splits=splits,
         details=told,
+        **facts,  # type: ignore[arg-type]
     )
-
-
-def _csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    return text.getvalue().encode()

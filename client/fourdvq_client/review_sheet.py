@@ -1,25 +1,18 @@
-"""Decisions about prepared scans, and the contact sheet that a person decides from: one HTML file, no network."""
+"""Decisions about prepared scans: which scans a person means, and what is written down."""
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Literal
 
-from fourdvq.data.files import write_atomic
 from fourdvq.data.prepared import MANIFEST_COLUMNS, read_table
 from fourdvq.data.review import ScanKey, decide
 from fourdvq.errors import CohortError, ConfigError
+from fourdvq.preprocessing.records import forget
 from fourdvq_client.preparation import pseudonym_of
+from fourdvq_client.shards import tables_locked
 from fourdvq_client.workspace import Workspace
-
-_STYLE = """body{font:14px/1.45 system-ui,sans-serif;margin:1.2rem;background:#fff;color:#1b1b1b}
-figure{display:inline-block;margin:.4rem;vertical-align:top}img{max-width:520px;border:1px solid #ccc;display:block}
-.PASS{border-left:6px solid #2a7d4f}.REVIEW{border-left:6px solid #c07a00}.FAIL{border-left:6px solid #b3261e}
-figure{padding-left:.5rem}"""
 
 
 def review_rows(workspace: Workspace) -> list[dict[str, str]]:
@@ -48,39 +41,27 @@ def select(workspace: Workspace, named: Sequence[str], *, all_scans: bool, passe
 def record(
     workspace: Workspace,
     keys: Sequence[ScanKey],
-    decision: Literal["approve", "reject"],
+    decision: Literal["approve", "reject", "redo"],
     *,
     by: str,
     reason: str = "",
 ) -> int:
-    """Write the decisions with name and time; returns how many."""
+    """Write the decisions with name and time, and bring the contact sheet up to them; returns how many."""
+    from fourdvq_client.contact_sheet import write_sheet
+
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return decide(workspace.prep, keys, decision, reviewer=by, time=now, reason=reason)
+    with tables_locked(workspace):
+        done = decide(workspace.prep, keys, decision, reviewer=by, time=now, reason=reason)
+        write_sheet(workspace.prep)
+    return done
 
 
-def write_sheet(workspace: Workspace) -> Path:
-    """prep/contact_sheet.html: the picture of every prepared scan with its grade, numbers and decision."""
-    figures = [_figure(workspace.prep / row["folder"], row) for row in review_rows(workspace) if row["content_sha256"]]
-    body = "\n".join(figures) or "<p>no prepared scan</p>"
-    page = (
-        "<!doctype html><html lang=en><meta charset=utf-8><title>Contact sheet</title>"
-        f"<style>{_STYLE}</style><h1>Contact sheet</h1><p>Baseline blue, follow-up yellow: aligned tissue is grey. "
-        f"Decide with <code>fourdvq-client qc approve PATIENT/SCAN</code>.</p>{body}</html>"
-    )
-    path = workspace.prep / "contact_sheet.html"
-    write_atomic(path, page.encode())
-    return path
-
-
-def _figure(folder: Path, row: dict[str, str]) -> str:
-    picture = folder / "qc.png"
-    data = base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else ""
-    facts = ", ".join(f"{name} {row[name]}" for name in ("grade", "code", "dice", "lung_ml", "decision") if row[name])
-    caption = html.escape(f"{row['pseudonym']}/{row['index']}, day {row['days']}: {facts}")
-    return (
-        f'<figure class="{html.escape(row["grade"])}"><img alt="" src="data:image/png;base64,{data}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+def redo(workspace: Workspace, keys: Sequence[ScanKey], *, by: str, reason: str = "") -> int:
+    """Take decisions back and have the scans, masks included, made again by the next `preprocess`."""
+    done = record(workspace, keys, "redo", by=by, reason=reason)
+    for pseudonym, index in keys:
+        forget(workspace.prep / pseudonym / str(index), mask=True)
+    return done
 
 
 def _key(row: dict[str, str]) -> ScanKey:

@@ -17,9 +17,9 @@ from fourdvq.wire.invitation import Invitation
 from fourdvq_client.code_identity import Installed, installed_code
 from fourdvq_client.keys import create_site_key
 from fourdvq_client.policy import parse_policy
+from fourdvq_client.site_secret import SECRET_BYTES
 from fourdvq_client.workspace import Workspace, write_private
 
-SECRET_BYTES = 32
 _SITE = re.compile(r"[a-z][a-z0-9-]{0,31}")
 
 

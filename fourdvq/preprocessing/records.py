@@ -1,8 +1,10 @@
-"""Step records: what was made from what, under which key, and whether it is still there; the manifest is their sum.
+"""Step records: what was made from what, under which key, and whether it is still there and undamaged.
 
-    prep/<pseudonym>/<index>/hu.npy  mask.npy  qc.png  qc.json  step.json
+    prep/<pseudonym>/<index>/hu.npy  mask.npy  qc.png  qc.jpg  qc.json  step.json
+    prep/<pseudonym>/<index>/lung.bin  lung.json       the lung mask on the scan's own grid, kept for the next step
 
-`step.json` is written last and removed first, so a folder with one is complete. No clock, path, date or id is in it.
+`step.json` is written last and removed first, so a folder with one is complete; it holds size and sha256 of every other
+file, and its own. A scan that could not be made has a record too, without files. No clock, path, date or id is in it.
 """
 
 from __future__ import annotations
@@ -10,21 +12,24 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
+from fourdvq import __version__
 from fourdvq.config import sha256_of, to_plain
 from fourdvq.data.files import write_atomic
-from fourdvq.data.prepared import MANIFEST_COLUMNS, write_json, write_table
-from fourdvq.data.review import read_decisions, valid_decision
-from fourdvq.preprocessing.profile import Profile
+from fourdvq.preprocessing.profile import Profile, profile_to_plain
 
-FORMAT = 1
+if TYPE_CHECKING:
+    import numpy as np
+
+FORMAT = 2
+PICTURE, SMALL_PICTURE = "qc.png", "qc.jpg"
 Status = Literal["ok", "review", "refused", "failed"]
+_SELF = "record_sha256"
+_OUTPUTS = ("hu.npy", "mask.npy", PICTURE, SMALL_PICTURE)
 
 
 @dataclass(frozen=True)
@@ -52,11 +57,17 @@ class PatientResult:
     scans: tuple[ScanResult, ...]
 
 
+def segment_key(source_sha256: str, profile: Profile) -> str:
+    """Identity of a scan's lung mask: of what is read, how gaps and tilt are mended, and how the lung is found."""
+    versions, limits = profile.step_versions, profile.limits
+    mended = [limits.fill_single_gap, limits.tilt]
+    parts = [source_sha256, "segment", versions.intake, versions.segment, mended, profile.segmentation]
+    return sha256_of([to_plain(p) for p in parts])
+
+
 def read_key(source_sha256: str, profile: Profile) -> str:
     """Identity of a scan as read, segmented and checked."""
-    versions = profile.step_versions
-    parts = [source_sha256, "read", versions.intake, versions.segment, profile.segmentation, profile.limits]
-    return sha256_of([to_plain(p) for p in parts])
+    return sha256_of([segment_key(source_sha256, profile), "read", to_plain(profile.limits)])
 
 
 def output_key(scan_key: str, profile: Profile, baseline_key: str | None) -> str:
@@ -69,132 +80,171 @@ def output_key(scan_key: str, profile: Profile, baseline_key: str | None) -> str
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The step record of a scan folder, or None if there is none that can be read."""
+    """The step record of a scan folder, or None if there is none that can be trusted."""
     try:
-        record = json.loads((folder / "step.json").read_text(encoding="utf-8"))
+        record = json.loads((folder / "step.json").read_bytes())
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.get("format") == FORMAT else None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        return None
+    return record if record.pop(_SELF, "") == _digest(record) else None
 
 
-def is_intact(folder: Path, record: dict[str, Any]) -> bool:
-    """Whether the files that a record promises are there with their sizes; a refused scan promises none."""
-    sizes = record.get("sizes", {})
-    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
+def is_intact(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the files that a record promises are there with their sizes; contents are looked at by `damaged`."""
+    try:
+        return all((folder / name).stat().st_size == file["size"] for name, file in record["files"].items())
+    except OSError:
+        return False
 
 
-def write_outputs(folder: Path, hu: np.ndarray, mask: np.ndarray, picture: bytes) -> dict[str, Any]:
-    """Write the arrays and the picture; returns the part of the record that describes them."""
+def damaged(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """Names of the promised files whose bytes are not those that were written. Reads all of them."""
+    return [name for name, file in record["files"].items() if _file_sha256(folder / name) != file["sha256"]]
+
+
+def read_qc(folder: Path) -> dict[str, Any]:
+    """The numbers of a scan; empty if there are none."""
+    try:
+        qc = json.loads((folder / "qc.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return qc if isinstance(qc, dict) else {}
+
+
+def write_outputs(folder: Path, hu: np.ndarray, mask: np.ndarray, pictures: tuple[bytes, bytes]) -> dict[str, Any]:
+    """Write the arrays and both pictures; returns the part of the record that describes them."""
+    import numpy as np
+
     (folder / "step.json").unlink(missing_ok=True)
     packed = np.packbits(mask)
-    write_atomic(folder / "hu.npy", _npy(hu))
-    write_atomic(folder / "mask.npy", _npy(packed))
-    write_atomic(folder / "qc.png", picture)
-    digest = hashlib.sha256()
-    digest.update(np.ascontiguousarray(hu).tobytes())
-    digest.update(packed.tobytes())
-    sizes = {name: (folder / name).stat().st_size for name in ("hu.npy", "mask.npy", "qc.png")}
-    return {"content_sha256": digest.hexdigest(), "sizes": sizes}
+    contents = (_npy(hu), _npy(packed), *pictures)
+    files = {}
+    for name, data in zip(_OUTPUTS, contents, strict=True):
+        write_atomic(folder / name, data)
+        files[name] = _described(data)
+    digest = hashlib.sha256(np.ascontiguousarray(hu).data)
+    digest.update(packed.data)
+    return {"content_sha256": digest.hexdigest(), "files": files}
 
 
-def write_record(folder: Path, record: dict[str, Any], qc: dict[str, Any]) -> None:
+def write_record(folder: Path, record: Mapping[str, Any], qc: Mapping[str, Any]) -> None:
     """Write qc.json, then step.json, which makes the folder complete."""
-    write_json(folder / "qc.json", qc)
-    write_json(folder / "step.json", record)
+    numbers = _json(qc)
+    write_atomic(folder / "qc.json", numbers)
+    complete = {**record, "files": {**record.get("files", {}), "qc.json": _described(numbers)}}
+    rewrite_record(folder, complete)
 
 
-def result_of(folder: Path, record: dict[str, Any], *, reused: bool) -> ScanResult:
+def rewrite_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write step.json alone, for what does not change a file."""
+    write_atomic(folder / "step.json", _json({**record, _SELF: _digest(record)}))
+
+
+def new_record(
+    profile: Profile, pseudonym: str, *, index: int, days: int, key: str, baseline: int | None
+) -> dict[str, Any]:
+    """What every record says, whatever became of the scan."""
+    return {
+        "format": FORMAT,
+        "key": key,
+        "pseudonym": pseudonym,
+        "index": index,
+        "days": days,
+        "baseline": index if baseline is None else baseline,
+        "profile_sha256": profile.sha256,
+        "profile": profile_to_plain(profile),
+        "versions": {"fourdvq": __version__},
+    }
+
+
+def write_without_outputs(
+    folder: Path,
+    record: Mapping[str, Any],
+    status: Literal["refused", "failed"],
+    codes: Sequence[str],
+    facts: Mapping[str, Any] | None = None,
+) -> ScanResult:
+    """Record a scan that gives nothing, so that the next run knows the answer; files of an earlier run would be stale.
+
+    `facts` are the numbers that were measured on the scan before it was refused, if any.
+    """
+    for name in ("step.json", *_OUTPUTS):
+        (folder / name).unlink(missing_ok=True)
+    qc = {"scan": facts, "pair": None, "grade": "", "codes": list(codes)}
+    outcome = {"status": status, "code": shown_code(codes), "codes": list(codes), "grade": "", "content_sha256": ""}
+    complete = {**record, **outcome, "files": {}}
+    write_record(folder, complete, qc)
+    return result_of(folder, complete, reused=False)
+
+
+def forget(folder: Path, *, mask: bool = False) -> None:
+    """Have a scan made again by the next run; its arrays stay until then. `mask`: find the lung again too."""
+    (folder / "step.json").unlink(missing_ok=True)
+    if mask:
+        (folder / "lung.json").unlink(missing_ok=True)
+
+
+def result_of(folder: Path, record: Mapping[str, Any], *, reused: bool) -> ScanResult:
     """The result that a record stands for."""
-    try:
-        qc = json.loads((folder / "qc.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        qc = {}
     return ScanResult(
         index=record["index"],
         days=record["days"],
         status=record["status"],
         code=record["code"],
         grade=record["grade"],
-        qc=qc,
-        content_sha256=record.get("content_sha256", ""),
+        qc=read_qc(folder),
+        content_sha256=record["content_sha256"],
         baseline=record["baseline"],
         codes=tuple(record["codes"]),
         reused=reused,
     )
 
 
-def write_manifest(prep: Path, rows: Sequence[PatientResult] | None = None) -> int:
-    """Rebuild prep/manifest.csv and manifest.json from the step records; returns the number of rows.
-
-    `rows` are the results of a run: a scan of theirs that left no record (its worker died, a disk error) gets a row of
-    status `failed`, so that it is not forgotten.
-    """
-    decisions = read_decisions(prep)
-    table: dict[tuple[str, int], dict[str, Any]] = {}
-    profiles: dict[str, Any] = {}
-    for folder, record in _records(prep):
-        row = _manifest_row(prep, folder, record)
-        key = (row["pseudonym"], row["index"])
-        row["decision"] = valid_decision(decisions, key, row["content_sha256"])
-        table[key] = row
-        profiles[record["profile_sha256"]] = record["profile"]
-    for key, row in _failed_rows(rows or ()):
-        table.setdefault(key, row)
-    write_table(prep / "manifest.csv", MANIFEST_COLUMNS, [table[key] for key in sorted(table)])
-    only = next(iter(profiles)) if len(profiles) == 1 else ""
-    head = {"format": FORMAT, "profile_sha256": only, "profile": profiles.get(only), "profiles": sorted(profiles)}
-    write_json(prep / "manifest.json", head)
-    return len(table)
-
-
-def _records(prep: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def records(prep: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Folder and record of every scan whose files are there, by pseudonym and folder name."""
     for path in sorted(prep.glob("*/*/step.json")):
         record = read_record(path.parent)
         if record is not None and is_intact(path.parent, record):
             yield path.parent, record
 
 
-def _manifest_row(prep: Path, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    qc = result_of(folder, record, reused=True).qc
-    pair = qc.get("pair") or {}
-    spacing = record.get("spacing_mm") or (None, None, None)
-    return {
-        "pseudonym": record["pseudonym"],
-        "index": record["index"],
-        "days": record["days"],
-        "baseline": record["baseline"],
-        "status": record["status"],
-        "code": record["code"],
-        "grade": record["grade"],
-        "lung_ml": _round((qc.get("scan") or {}).get("lung_ml"), 1),
-        "left_right": _round((qc.get("scan") or {}).get("left_right"), 3),
-        "dice": _round(pair.get("dice"), 4),
-        "ncc": _round(pair.get("ncc"), 4),
-        "fold_percent": _round(pair.get("fold_percent"), 4),
-        "spacing_z": spacing[0],
-        "spacing_y": spacing[1],
-        "spacing_x": spacing[2],
-        "content_sha256": record.get("content_sha256", ""),
-        "profile_sha256": record["profile_sha256"],
-        "folder": folder.relative_to(prep).as_posix(),
-    }
+def shown_code(codes: Sequence[str]) -> str:
+    """The one code that a table shows: the gravest; a code of the wire such as OUT_OF_MEMORY stands alone."""
+    return next((c for kind in ("E_", "V_", "W_", "") for c in codes if c.startswith(kind)), "")
 
 
-def _failed_rows(rows: Iterable[PatientResult]) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
-    for patient in rows:
-        for scan in patient.scans:
-            if scan.status == "failed":
-                key = (patient.pseudonym, scan.index)
-                values = {"days": scan.days, "status": scan.status, "code": scan.code, "content_sha256": ""}
-                yield key, {"pseudonym": patient.pseudonym, "index": scan.index, **values}
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of a run that was killed; only for a folder that nobody else writes to."""
+    for path in folder.glob(".tmp-*"):
+        path.unlink(missing_ok=True)
 
 
-def _round(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(value, digits)
+def _file_sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def _described(data: bytes) -> dict[str, Any]:
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    text = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def _npy(array: np.ndarray) -> bytes:
     """The .npy form in memory: numpy's own writing to a full disk loses the reason."""
+    import numpy as np
+
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=False)
     return stream.getvalue()

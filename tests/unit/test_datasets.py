@@ -24,7 +24,7 @@ from fourdvq.data.datasets import (
 )
 from fourdvq.data.latents import LatentPatient, load_latents, save_latents
 from fourdvq.data.prepared import read_splits, write_splits
-from fourdvq.data.review import approve, decide, reject, rejected_indices
+from fourdvq.data.review import approve, decide, reject, rejected_by_patient
 from fourdvq.data.volume import write_nifti
 from fourdvq.errors import CohortError, ModelError
 from fourdvq.preprocessing.pipeline import ScanInput, prepare_patient, write_manifest
@@ -86,7 +86,7 @@ def test_a_follow_up_is_not_read_without_its_baseline(prep):
     assert [p.pseudonym for p in open_prepared(prep).patients] == [Q]
     reject(prep, [(Q, 1)], reason="motion", **BY)
     assert [len(p.scans) for p in open_prepared(prep).patients] == [1]
-    assert rejected_indices(prep, Q) == {1}
+    assert rejected_by_patient(prep) == {Q: {1}}
 
 
 def test_a_decision_lapses_when_the_content_changes(prep, tmp_path):

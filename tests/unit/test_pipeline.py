@@ -19,13 +19,14 @@ from PIL import Image
 from dicom_factory import CANARY_DATE, CANARY_ID, write_series
 from fourdvq.data.cohort import load_cohort
 from fourdvq.data.volume import Volume, read_volume, write_nifti
-from fourdvq.errors import ConfigError
+from fourdvq.errors import FourdvqError
+from fourdvq.preprocessing.canvas import PANEL
 from fourdvq.preprocessing.inputs import SourceHashes
 from fourdvq.preprocessing.pipeline import (
-    PatientResult,
     ScanInput,
-    ScanResult,
+    StepInHand,
     prepare_patient,
+    record_failure,
     scan_inputs,
     write_manifest,
 )
@@ -106,17 +107,18 @@ def test_a_patient_is_prepared_on_one_grid_with_the_baselines_background(source,
 def test_the_picture_shows_yellow_and_blue_before_and_grey_after(source, demo, tmp_path):
     prepare_patient(inputs(source, "ab"), demo, tmp_path, pseudonym=NAME)
     picture = np.asarray(Image.open(tmp_path / NAME / "1" / "qc.png").convert("RGB")).astype(int)
-    row = picture[180:250]  # the axial merges: before, after, final
-    colour = np.abs(row[..., 0] - row[..., 2])
-    assert (row[..., 0] == row[..., 1]).mean() > 0.5
-    before, after = colour[:, 4:180], colour[:, 184:360]
-    assert after.mean() < 0.5 * before.mean()
+    step = PANEL + 10
+    columns = [picture[:, 10 + i * step : 10 + i * step + PANEL] for i in range(3)]
+    merges = [c[len(picture) // 4 : len(picture) // 2] for c in columns]  # the second of four rows: axial
+    colour = [np.abs(m[..., 0] - m[..., 2]).mean() for m in merges]  # yellow against blue
+    assert colour[1] < 0.5 * colour[0]
+    assert colour[2] < 0.5 * colour[0]
 
 
 def test_two_runs_give_equal_bytes_and_a_third_does_nothing(source, demo, tmp_path):
     results = [prepare_patient(inputs(source, "ab"), demo, tmp_path / run, pseudonym=NAME) for run in "xy"]
     files = sorted(p.relative_to(tmp_path / "x") for p in (tmp_path / "x").rglob("*") if p.is_file())
-    assert len(files) == 10
+    assert len(files) == 12
     for file in files:
         assert (tmp_path / "x" / file).read_bytes() == (tmp_path / "y" / file).read_bytes(), file
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "x").rglob("*")}
@@ -157,7 +159,7 @@ def test_a_bad_scan_is_refused_with_its_code_and_the_next_becomes_the_baseline(s
     assert all(s.content_sha256 for s in result.scans[1:])
     again = prepare_patient(scans, tiny, tmp_path / "prep", pseudonym=NAME)
     assert all(s.reused for s in again.scans)
-    retried = prepare_patient(scans, tiny, tmp_path / "prep", pseudonym=NAME, retry_failed=True)
+    retried = prepare_patient(scans, tiny, tmp_path / "prep", pseudonym=NAME, retry=range(3))
     assert [s.reused for s in retried.scans] == [False, True, True]
     repaired = prepare_patient(inputs(source), tiny, tmp_path / "prep", pseudonym=NAME)
     assert [s.baseline for s in repaired.scans] == [0, 0, 0]
@@ -235,25 +237,27 @@ def test_a_scan_with_much_less_lung_than_all_others_goes_to_review(source, tiny,
 
 def test_the_manifest_is_rebuilt_from_the_records_and_keeps_failed_scans(source, tiny, tmp_path):
     prepare_patient(inputs(source, "ab"), tiny, tmp_path, pseudonym=NAME)
-    lost = PatientResult("ffffffffffff", (ScanResult(0, 0, "failed", "OUT_OF_MEMORY", ""),))
-    assert write_manifest(tmp_path, [lost]) == 3
+    step = StepInHand(ScanInput(0, 0, tmp_path / "lost"), "segment", "a" * 64, None)
+    record_failure(step, tiny, tmp_path / "ffffffffffff", "OUT_OF_MEMORY")
+    assert len(write_manifest(tmp_path)) == 3
     first = (tmp_path / "manifest.csv").read_bytes()
     lines = first.decode().splitlines()
     assert lines[1].startswith(f"{NAME},0,0,0,ok,")
-    assert lines[3].startswith("ffffffffffff,0,0,,failed,OUT_OF_MEMORY,")
+    assert lines[3].startswith("ffffffffffff,0,0,0,failed,OUT_OF_MEMORY,")
     (tmp_path / "manifest.csv").unlink()
-    write_manifest(tmp_path, [lost])
+    write_manifest(tmp_path)
     assert (tmp_path / "manifest.csv").read_bytes() == first
     head = json.loads((tmp_path / "manifest.json").read_text())
     assert head["profile_sha256"] == tiny.sha256
     assert profile_from(head["profile"]) == tiny
 
 
-def test_a_method_that_is_not_there_stops_before_any_work(source, tiny, tmp_path):
+def test_what_a_profile_needs_and_the_site_lacks_stops_before_any_work(source, tiny, tmp_path):
     asked = profile_to_plain(tiny)
-    for section, key, value in (("segmentation", "method", "lungmask_r231"), ("registration", "backend", "corrfield")):
-        profile = profile_from({**asked, section: {**asked[section], key: value}})
-        with pytest.raises(ConfigError, match="E_UNSUPPORTED"):
+    backend = profile_from({**asked, "registration": {**asked["registration"], "backend": "nobody"}})
+    network = {**asked["segmentation"], "method": "lungmask_r231", "weights_sha256": "a" * 64}
+    for profile, code in ((backend, "E_UNSUPPORTED"), (profile_from({**asked, "segmentation": network}), "E_WEIGHTS")):
+        with pytest.raises(FourdvqError, match=code):
             prepare_patient(inputs(source), profile, tmp_path / "prep", pseudonym=NAME)
     assert not (tmp_path / "prep").exists()
 
@@ -283,7 +287,8 @@ def test_nothing_of_a_header_a_path_or_a_table_reaches_an_output(tiny, tmp_path)
     thin = Volume(scan.hu, scan.spacing, scan.origin)
     home = tmp_path / "CANARY-FOLDER" / CANARY_ID
     write_series(home / "1", thin, study="CANARYUID")
-    write_series(home / "2", thin, study="CANARYUID2", study_date="20160229")
+    later = Volume(scan.hu + 1, scan.spacing, scan.origin)
+    write_series(home / "2", later, study="CANARYUID2", study_date="20160229")
     (home / "2" / "im000000.dcm").write_bytes(b"\0" * 128 + b"DICM CANARY broken")
     uids = [p.read_bytes().split(b"UI")[2][2:40].decode(errors="ignore") for p in sorted((home / "1").iterdir())[:1]]
     clinical = tmp_path / "clinical.csv"
@@ -296,7 +301,7 @@ def test_nothing_of_a_header_a_path_or_a_table_reaches_an_output(tiny, tmp_path)
     result = prepare_patient(scans, threshold, tmp_path / "prep", pseudonym=NAME)
     assert [s.status for s in result.scans] == ["review", "refused"]
     assert result.scans[1].code == "E_CORRUPT"
-    write_manifest(tmp_path / "prep", [result])
+    write_manifest(tmp_path / "prep")
     words = [CANARY_ID, "Canary", "CANARY", CANARY_DATE, "20160229", "2015", "19500101", "B30f", "insp", *uids]
     written = [p for p in (tmp_path / "prep").rglob("*") if p.is_file() and p.suffix != ".npy"]
     for file in [*written, tmp_path / "hashes.json"]:

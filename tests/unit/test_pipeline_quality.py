@@ -9,9 +9,10 @@ import pytest
 import SimpleITK as sitk
 
 from fourdvq.data.volume import Volume
+from fourdvq.preprocessing.grades import expiratory, grade_of, pair_codes, pair_grade, scan_codes
 from fourdvq.preprocessing.profile import LimitsSpec
-from fourdvq.preprocessing.quality import expiratory, grade_of, outside_air, pair_grade, scan_codes, scan_facts
-from fourdvq.preprocessing.registration import FieldFacts, Overlap, Registration
+from fourdvq.preprocessing.quality import outside_air, scan_facts
+from fourdvq.preprocessing.registration import Consistency, FieldFacts, Overlap, Registration
 from synthetic_lungs import chest
 
 
@@ -21,12 +22,24 @@ def facts():
     return scan_facts(scan, mask.hu > 0, thickness_mm=1.0)
 
 
-def registration(dice: float, ncc: float, fold: float = 0.0, before: float = 0.5) -> Registration:
+def registration(
+    dice: float, ncc: float, fold: float = 0.0, before: float = 0.5, inverse: float | None = None, kept: bool = True
+) -> Registration:
     still = sitk.Transform()
-    measured = FieldFacts(1.0, 2.0, fold, 0.1)
-    overlaps = (Overlap(0.5, 0.1), Overlap(0.9, before), Overlap(dice, ncc))
     return Registration(
-        still, still, (0.0,) * 12, True, None, *overlaps, measured, 0.2, 0.1, consistency=None, keypoints=None
+        transform=still,
+        start=still,
+        matrix=(0.0,) * 12,
+        affine_kept=kept,
+        field=None,
+        unaligned=Overlap(0.5, 0.1),
+        before=Overlap(0.9, before),
+        after=Overlap(dice, ncc),
+        facts=FieldFacts(1.0, 2.0, fold, 0.1),
+        mind_before=0.2,
+        mind_after=0.1,
+        consistency=None if inverse is None else Consistency(inverse / 2, inverse),
+        keypoints=None,
     )
 
 
@@ -42,6 +55,9 @@ def registration(dice: float, ncc: float, fold: float = 0.0, before: float = 0.5
         (registration(0.96, 0.9, fold=1.1), "FAIL"),
         (registration(0.96, 0.4), "FAIL"),
         (registration(0.99, 0.985, before=0.99), "PASS"),
+        (registration(0.96, 0.9, inverse=3.99), "PASS"),
+        (registration(0.96, 0.9, inverse=4.0), "REVIEW"),
+        (registration(0.89, 0.9, inverse=1.0), "FAIL"),
     ],
 )
 def test_a_pair_is_graded_by_overlap_folding_and_gain(found, grade):
@@ -61,12 +77,38 @@ def test_a_pair_is_graded_by_overlap_folding_and_gain(found, grade):
         ({"lung_median_hu": -500.0}, "V_MASK"),
         ({"outside_air_hu": -1060.0}, "E_HU"),
         ({"noise_hu": 120.0}, "V_NOISE"),
+        ({"hole_percent": 3.1}, "V_MASK"),
+        ({"leak_percent": 1.1}, "V_MASK"),
     ],
 )
 def test_each_fact_out_of_range_has_its_code(facts, change, code):
     method = "threshold" if code == "E_NOLUNG" else "provided"
     assert scan_codes(facts, LimitsSpec(), method="provided") == []
     assert scan_codes(replace(facts, **change), LimitsSpec(), method=method)[0] == code
+
+
+def test_a_pair_tells_of_a_left_out_affine_step_and_of_a_lung_that_changed_much():
+    found = registration(0.96, 0.9, kept=False)
+    assert pair_codes(found, "PASS", asks_affine=True, volume_change_percent=-34.0) == ["W_AFFINE"]
+    assert pair_codes(found, "PASS", asks_affine=False, volume_change_percent=-34.0) == []
+    assert pair_codes(found, "FAIL", asks_affine=False, volume_change_percent=36.0) == ["V_REG", "W_VOLUME"]
+    assert grade_of(["W_VOLUME"]) == "PASS"
+
+
+def test_holes_and_leaks_are_measured_as_shares_of_the_lung():
+    scan, mask = chest((40, 64, 64))
+    lung = mask.hu > 0
+    holed = lung.copy()
+    z, y, x = (int(c) for c in np.argwhere(lung[:, :, :30]).mean(axis=0))
+    holed[z - 2 : z + 3, y - 2 : y + 3, x - 2 : x + 3] = False
+    missing = 100.0 * (lung & ~holed).sum() / holed.sum()
+    assert scan_facts(scan, lung, thickness_mm=1.0).hole_percent == 0.0
+    assert scan_facts(scan, holed, thickness_mm=1.0).hole_percent == pytest.approx(missing)
+    leaking = lung.copy()
+    leaking[15:25, 2:8, 2:20] = True  # air in front of the body
+    facts = scan_facts(scan, leaking, thickness_mm=1.0)
+    assert facts.leak_percent == pytest.approx(100.0 * (leaking & ~lung).sum() / leaking.sum(), rel=0.15)
+    assert scan_facts(scan, lung, thickness_mm=1.0).leak_percent == 0.0
 
 
 def test_the_threshold_method_always_asks_for_a_look(facts):

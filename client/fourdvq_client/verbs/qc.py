@@ -18,15 +18,19 @@ Patients = Annotated[list[str] | None, typer.Argument(help="PATIENT, or PATIENT/
 @app.command("list", epilog=GLOBAL_HELP)
 def list_scans(
     undecided: Annotated[bool, typer.Option("--undecided", help="Only scans that wait for a decision.")] = False,
+    grade: Annotated[str, typer.Option(help="Only scans of this grade: PASS, REVIEW or FAIL.")] = "",
+    code: Annotated[str, typer.Option(help="Only scans that show this code.")] = "",
 ) -> Result:
-    """Every prepared scan with its grade, code and decision."""
+    """Every scan with its grade, code and decision."""
     from fourdvq_client.review_sheet import review_rows
 
     workspace, _ = here()
-    rows = [r for r in review_rows(workspace) if not undecided or (r["content_sha256"] and not r["decision"])]
+    every = review_rows(workspace)
+    rows = [r for r in every if not undecided or (r["content_sha256"] and not r["decision"])]
+    rows = [r for r in rows if grade in ("", r["grade"]) and code in ("", r["code"])]
     columns = ("pseudonym", "index", "days", "status", "grade", "code", "decision", "dice", "lung_ml")
     shown = [{c: r[c] for c in columns} for r in rows]
-    waiting = sum(bool(r["content_sha256"]) and not r["decision"] for r in rows)
+    waiting = sum(bool(r["content_sha256"]) and not r["decision"] for r in every)
     table = console.table(columns, [[r[c] for c in columns] for r in shown])
     return Result({"scans": shown, "undecided": waiting}, (table, f"{waiting} wait for a decision"))
 
@@ -62,11 +66,31 @@ def reject(
     return Result({"rejected": done}, (f"{done} scans rejected; run `fourdvq-client preprocess` again",))
 
 
+@app.command("redo", epilog=GLOBAL_HELP)
+def redo(
+    scans: Patients = None,
+    reason: Annotated[str, typer.Option(help="Why, for the record at this site.")] = "",
+    by: Annotated[str, typer.Option(help="Name of the person who asks.")] = "",
+) -> Result:
+    """Take decisions back and have scans made again from the start by the next `preprocess`."""
+    from fourdvq_client.review_sheet import redo as take_back
+    from fourdvq_client.review_sheet import select
+    from fourdvq_client.workspace import locked
+
+    workspace, _ = here()
+    keys = select(workspace, scans or [], all_scans=False, passed=False)
+    with locked(workspace):
+        done = take_back(workspace, keys, by=by or user_name(), reason=reason)
+    return Result({"redo": done}, (f"{done} scans to make again; run `fourdvq-client preprocess`",))
+
+
 @app.command("open", epilog=GLOBAL_HELP)
 def open_sheet() -> Result:
     """Write the contact sheet of all scans, one file for any browser, and say where it is."""
-    from fourdvq_client.review_sheet import write_sheet
+    from fourdvq_client.contact_sheet import write_sheet
+    from fourdvq_client.shards import tables_locked
 
     workspace, _ = here()
-    path = write_sheet(workspace)
+    with tables_locked(workspace):
+        path = write_sheet(workspace.prep)
     return Result({"file": str(path)}, (f"open {path} in a browser",))
