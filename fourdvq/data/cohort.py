@@ -12,11 +12,13 @@ import hashlib
 import hmac
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fourdvq.data.clinical_table import CLINICAL_OPTIONAL, CLINICAL_REQUIRED, ClinicalReader, accepted_words
-from fourdvq.data.cohort_rows import Event, Finding, PatientRow, ScanRow, finding
+from fourdvq.data.cohort_rows import CandidateRow, Event, Finding, PatientRow, ScanRow, finding
+from fourdvq.data.dicom_studies import DicomOptions, DicomReader
+from fourdvq.data.doubles import without_doubles
 from fourdvq.data.prepared import CLINICAL_COLUMNS, write_table
 from fourdvq.data.scan_list import place_in_time, scans_from_dicom, scans_from_table
 from fourdvq.data.tables import nearest, read_source_table
@@ -42,6 +44,8 @@ class Cohort:
     patients: tuple[PatientRow, ...]
     scans: tuple[ScanRow, ...]
     findings: tuple[Finding, ...]
+    candidates: tuple[CandidateRow, ...] = ()  # every DICOM series that a scan could have been made of
+    skipped: Mapping[str, int] = field(default_factory=dict)  # files below the scan folder that are no CT, by reason
 
     @property
     def usable(self) -> tuple[PatientRow, ...]:
@@ -63,11 +67,13 @@ def load_cohort(
     columns: Mapping[str, str] | None = None,
     values: Mapping[str, Mapping[str, str]] | None = None,
     today: datetime.date | None = None,
+    dicom: DicomOptions | None = None,
 ) -> Cohort:
     """Read the tables (and, without scans.csv, the DICOM headers of `scans_folder`).
 
     `columns` maps our column names to the hospital's, `values` the hospital's words to ours, per column. `today` makes
-    later dates a finding. Raises CohortError E_FILE, E_TABLE, E_COLUMN, E_FOLDER and E_EMPTY.
+    later dates a finding; `dicom` says how series are chosen. Raises CohortError E_FILE, E_TABLE, E_COLUMN, E_FOLDER
+    and E_EMPTY, and ConfigError for a choice of series that names nothing.
     """
     if not scans_folder.is_dir():
         raise CohortError("E_FOLDER", where=str(scans_folder), found="a file" if scans_folder.exists() else "nothing")
@@ -75,20 +81,20 @@ def load_cohort(
     table = read_source_table(clinical, required=CLINICAL_REQUIRED, optional=CLINICAL_OPTIONAL, columns=columns or {})
     if not table.columns & {"time_days", "last_contact_date"}:
         raise CohortError("E_COLUMN", where=clinical.name, found="neither time_days nor last_contact_date")
+    reader = DicomReader(dicom)
     dated = (
-        scans_from_table(scans, scans_folder, columns or {}, findings)
+        scans_from_table(scans, scans_folder, columns or {}, reader, findings)
         if scans
-        else scans_from_dicom(scans_folder, findings)
+        else scans_from_dicom(scans_folder, reader, findings)
     )
-    rows, first_dates = place_in_time(dated, findings, today)
-    reader = ClinicalReader(table, accepted_words(values or {}), findings, first_dates, rows, today)
-    patients = reader.read()
+    rows, first_dates = place_in_time(without_doubles(dated, findings), findings, today)
+    patients = ClinicalReader(table, accepted_words(values or {}), findings, first_dates, rows, today).read()
     _check_ids(patients, rows, table.name, scans.name if scans else str(scans_folder), findings)
     known = {p.patient_id for p in patients}
     findings += _count_findings(rows, known)
     if table.separator == ";":
         findings.append(finding("W_COMMA", table.name, "separator ;"))
-    return Cohort(patients, rows, tuple(findings))
+    return Cohort(patients, rows, tuple(findings), tuple(reader.candidates), dict(reader.skipped))
 
 
 def pseudonym(secret: bytes, patient_id: str) -> str:

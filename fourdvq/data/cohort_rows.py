@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from fourdvq.data.limits import shown
 from fourdvq.errors import explain
+
+if TYPE_CHECKING:
+    from fourdvq.data.dicom import SeriesCandidate
 
 Event = Literal["death", "censored", "transplant"]
 
@@ -42,7 +48,10 @@ class PatientRow:
 
 @dataclass(frozen=True)
 class ScanRow:
-    """One scan: a file, or a DICOM folder with the hash that names the study in it; `days` since the first CT."""
+    """One scan: a file, or a DICOM folder with the keys of the study and series chosen in it, and their files.
+
+    `days` count from the patient's first CT.
+    """
 
     patient_id: str
     scan_id: str
@@ -51,8 +60,40 @@ class ScanRow:
     mask_path: Path | None = None
     kind: Literal["image", "dicom"] = "image"
     study_key: str = ""
+    series_key: str = ""
+    files: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class DatedScan:
+    """A scan before its date has become a number of days; `score` orders two of one day, larger is better."""
+
+    row: ScanRow
+    where: str
+    date: datetime.date | None
+    days: int | None
+    score: tuple[int, ...] = ()
+    series: SeriesCandidate | None = None
+
+
+@dataclass(frozen=True)
+class CandidateRow:
+    """One series that a scan could have been made of: opaque keys, a word for each criterion, why it was not taken.
+
+    `folder` and `patient_id` are for files that never leave the site's own hands.
+    """
+
+    patient_id: str
+    scan_id: str
+    study_key: str
+    series_key: str
+    used: bool
+    by: str  # score, or series.yaml
+    reject: str
+    folder: Path
+    words: Mapping[str, str] = field(default_factory=dict)
 
 
 def finding(code: str, where: str, found: str, *, patient: str = "", scan: str = "", fix: str = "") -> Finding:
     """A finding whose remedy, unless a better one is known, is the code's own."""
-    return Finding(code, where, found, fix or explain(code).fix, patient, scan)
+    return Finding(code, shown(where), shown(found), fix or explain(code).fix, patient, scan)

@@ -16,7 +16,6 @@ from typing import BinaryIO
 
 import numpy as np
 import pydicom
-import SimpleITK as sitk
 from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import (
     CTImageStorage,
@@ -66,6 +65,17 @@ def raw_image(s: SliceHeader) -> np.ndarray:
     """Stored values (rows, columns) of an uncompressed image. Raises VolumeError E_CORRUPT."""
     with s.path.open("rb") as stream:
         return _as_it_lies(stream, s)
+
+
+def stored_bytes(s: SliceHeader) -> bytes:
+    """The pixels of an image as they are stored, compressed or not; of a deflated file, all of it."""
+    with s.path.open("rb") as stream:
+        if s.pixels.length < 0 or s.pixels.at == 0:
+            stream.seek(s.pixels.at)
+            return stream.read()
+        size = s.pixels.length // max(1, s.frames)
+        stream.seek(s.pixels.at + (s.frame or 0) * size)
+        return stream.read(size)
 
 
 def is_compressed(s: SliceHeader) -> bool:
@@ -184,6 +194,8 @@ def _whole_file(s: SliceHeader) -> np.ndarray:
 
 
 def _read_with_itk(path: Path, s: SliceHeader) -> np.ndarray:
+    import SimpleITK as sitk
+
     try:
         values = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
     except RuntimeError:

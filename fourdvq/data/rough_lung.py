@@ -6,7 +6,6 @@ Only slices that need no decoder are looked at, so that a damaged file cannot ta
 from __future__ import annotations
 
 import numpy as np
-from scipy import ndimage
 
 from fourdvq.data.dicom import SeriesCandidate, direction_of
 from fourdvq.data.pixels import is_compressed, raw_image, to_hu
@@ -35,6 +34,8 @@ def rough_lung_ml(candidate: SeriesCandidate) -> float | None:
 
 
 def _air_inside(hu: np.ndarray) -> int:
+    from scipy import ndimage
+
     labels, _ = ndimage.label(hu < _AIR_HU)
     outside = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
     return int(((labels > 0) & ~np.isin(labels, outside)).sum())

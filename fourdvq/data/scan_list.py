@@ -8,31 +8,24 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
-from fourdvq.data.cohort_rows import Finding, ScanRow, finding
-from fourdvq.data.dicom import SeriesCandidate, scan_folder
+from fourdvq.data.cohort_rows import DatedScan, Finding, ScanRow, finding
+from fourdvq.data.dicom_studies import DicomReader, mask_of
+from fourdvq.data.limits import is_image_file
 from fourdvq.data.tables import parse_date, parse_whole, read_source_table
-from fourdvq.data.volume import IMAGE_SUFFIXES, is_image_file
+from fourdvq.data.walk import walk_files
 from fourdvq.errors import CohortError
 
 SCANS_REQUIRED = ("patient_id", "scan_id", "path")
 SCANS_OPTIONAL = ("date", "days_from_baseline", "mask")
 
 
-@dataclass(frozen=True)
-class DatedScan:
-    """A scan before its date has become a number of days."""
-
-    row: ScanRow
-    where: str
-    date: datetime.date | None
-    days: int | None
-
-
-def scans_from_table(path: Path, folder: Path, columns: Mapping[str, str], findings: list[Finding]) -> list[DatedScan]:
+def scans_from_table(
+    path: Path, folder: Path, columns: Mapping[str, str], dicom: DicomReader, findings: list[Finding]
+) -> list[DatedScan]:
+    """One scan for each row whose file or DICOM folder can be used; the others become findings."""
     table = read_source_table(path, required=SCANS_REQUIRED, optional=SCANS_OPTIONAL, columns=columns)
     if not table.columns & {"date", "days_from_baseline"}:
         raise CohortError("E_COLUMN", where=path.name, found="neither date nor days_from_baseline")
@@ -49,55 +42,24 @@ def scans_from_table(path: Path, folder: Path, columns: Mapping[str, str], findi
         if source is None:
             findings.append(finding("E_FILE", f"{where}, column path", row["path"], patient=patient, scan=scan))
             continue
-        mask = _mask_of(source, row.get("mask", ""), folder, path.parent)
-        kind: Literal["image", "dicom"] = "dicom" if source.is_dir() else "image"
+        mask = mask_of(source, row.get("mask", ""), folder, path.parent)
         date, days = parse_date(row.get("date", "")), parse_whole(row.get("days_from_baseline", ""))
-        result.append(DatedScan(ScanRow(patient, scan, source, 0, mask, kind), where, date, days))
-    return result
+        if source.is_dir():
+            dicom.add_folder(ScanRow(patient, scan, source, 0, mask, "dicom"), where, date, days)
+        else:
+            result.append(DatedScan(ScanRow(patient, scan, source, 0, mask), where, date, days))
+    return result + dicom.chosen(findings)
 
 
-def scans_from_dicom(folder: Path, findings: list[Finding]) -> list[DatedScan]:
-    found = scan_folder(folder)
-    studies: dict[tuple[str, str], list[SeriesCandidate]] = {}
-    for candidate in found.candidates:
-        studies.setdefault((candidate.first.patient_id, candidate.first.study), []).append(candidate)
-    if not studies:
-        if any(is_image_file(p) for p in folder.rglob("*")):
+def scans_from_dicom(folder: Path, dicom: DicomReader, findings: list[Finding]) -> list[DatedScan]:
+    """One scan for each study below `folder`. Raises CohortError E_FILE or E_EMPTY if there is none."""
+    found = dicom.add_studies(folder)
+    if not found.candidates:
+        if any(is_image_file(p) for p in walk_files(folder).files):
             fix = "write scans.csv: these files do not say whose they are and when they were made"
             raise CohortError("E_FILE", where="scans.csv", found="image files without DICOM headers", fix=fix)
         raise CohortError("E_EMPTY", where=str(folder), found=_skipped_text(found.skipped))
-    result = []
-    numbered: Counter[str] = Counter()
-    for (patient, _), candidates in sorted(studies.items(), key=lambda item: (item[0][0], item[1][0].first.study_date)):
-        numbered[patient] += 1
-        first = candidates[0].first
-        where = f"DICOM study of {first.study_date or 'no date'} of patient {patient!r}"
-        if not patient:
-            findings.append(finding("E_ID", where, "no PatientID"))
-            continue
-        place = _common_folder([s.path for c in candidates for s in c.slices])
-        mask = _mask_of(place, "")
-        row = ScanRow(patient, f"study-{numbered[patient]}", place, 0, mask, "dicom", candidates[0].study_key)
-        result.append(DatedScan(row, where, parse_date(first.study_date), None))
-    findings += _identity_findings([c for group in studies.values() for c in group])
-    return result
-
-
-def _identity_findings(candidates: Sequence[SeriesCandidate]) -> list[Finding]:
-    persons: dict[str, dict[str, set[str]]] = {}
-    for candidate in candidates:
-        header = candidate.first
-        person = persons.setdefault(header.patient_id, {"sex": set(), "birth date": set()})
-        person["sex"] |= {header.sex} - {"", "O"}
-        person["birth date"] |= {header.birth_date} - {""}
-    return [
-        finding(
-            "E_IDENTITY", f"DICOM headers of patient {patient!r}", f"{len(kinds)} values of {what}", patient=patient
-        )
-        for patient, person in persons.items()
-        for what, kinds in person.items()
-        if len(kinds) > 1
-    ]
+    return dicom.chosen(findings)
 
 
 def place_in_time(
@@ -123,47 +85,36 @@ def place_in_time(
             patient = scan.row.patient_id
             first_dates[patient] = min(scan.date, first_dates.get(patient, scan.date))
     rows = [
-        replace(s.row, days=(s.date - first_dates[s.row.patient_id]).days if s.date else s.days or 0) for s in usable
+        (replace(s.row, days=(s.date - first_dates[s.row.patient_id]).days if s.date else s.days or 0), s.score)
+        for s in usable
     ]
-    for patient in sorted({r.patient_id for r in rows}):
-        if min(r.days for r in rows if r.patient_id == patient) > 0:
-            findings.append(finding("E_TIME", f"scans of patient {patient!r}", "no scan on day 0", patient=patient))
+    earliest: dict[str, int] = {}
+    for row, _ in rows:
+        earliest[row.patient_id] = min(row.days, earliest.get(row.patient_id, row.days))
+    for patient in (p for p in sorted(earliest) if earliest[p] > 0):
+        findings.append(finding("E_TIME", f"scans of patient {patient!r}", "no scan on day 0", patient=patient))
     return tuple(_one_per_day(rows, findings)), first_dates
 
 
-def _one_per_day(rows: Sequence[ScanRow], findings: list[Finding]) -> list[ScanRow]:
-    kept: dict[tuple[str, int], ScanRow] = {}
-    for row in rows:
+def _one_per_day(dated: Sequence[tuple[ScanRow, tuple[int, ...]]], findings: list[Finding]) -> list[ScanRow]:
+    """The scan with the better score of each day; of two equal ones the first."""
+    kept: dict[tuple[str, int], tuple[ScanRow, tuple[int, ...]]] = {}
+    for row, score in dated:
         key = (row.patient_id, row.days)
-        if key in kept:
-            where = f"scans {kept[key].scan_id!r} and {row.scan_id!r} of patient {row.patient_id!r}"
-            findings.append(finding("W_SAMEDAY", where, f"both on day {row.days}; the first is kept"))
-        else:
-            kept[key] = row
-    return list(kept.values())
+        if key not in kept:
+            kept[key] = row, score
+            continue
+        better, other = ((row, score), kept[key]) if score > kept[key][1] else (kept[key], (row, score))
+        kept[key] = better
+        where = f"scans {better[0].scan_id!r} and {other[0].scan_id!r} of patient {row.patient_id!r}"
+        why = "the better series" if score != other[1] or score != better[1] else "the first"
+        findings.append(finding("W_SAMEDAY", where, f"both on day {row.days}; {why} is kept", patient=row.patient_id))
+    return [row for row, _ in kept.values()]
 
 
 def _resolve(text: str, *folders: Path) -> Path | None:
     tries = [folder / text for folder in folders]
     return next((path for path in tries if text and path.exists()), None)
-
-
-def _mask_of(source: Path, text: str, *folders: Path) -> Path | None:
-    """The mask that the table names, or the file beside the scan (or DICOM folder) with its name and _lung."""
-    if text:
-        return _resolve(text, *folders) or folders[0] / text
-    endings = sorted(IMAGE_SUFFIXES, key=len, reverse=True)
-    suffix = "" if source.is_dir() else next((e for e in endings if source.name.lower().endswith(e)), "")
-    stem = source.name[: len(source.name) - len(suffix)]
-    beside = [source.with_name(f"{stem}_lung{ending}") for ending in endings]
-    return next((path for path in beside if path.exists()), None)
-
-
-def _common_folder(paths: Sequence[Path]) -> Path:
-    folder = paths[0].parent
-    while not all(path.is_relative_to(folder) for path in paths):
-        folder = folder.parent
-    return folder
 
 
 def _skipped_text(skipped: Counter[str]) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from fourdvq.data.cohort import Cohort
-from fourdvq.data.files import content_sha256, write_atomic
+from fourdvq.data.files import content_sha256, file_sha256, write_atomic
+from fourdvq.data.limits import ReaderLimits
+from fourdvq.data.technical import TechnicalTags
 from fourdvq.data.volume import Volume, read_mask, read_volume
 from fourdvq.preprocessing.profile import LimitsSpec
 
@@ -25,16 +28,22 @@ class ScanInput:
     kind: Literal["image", "dicom"] = "image"
     source_sha256: str = ""  # content of the scan and its mask; computed when it is empty
     study_key: str = ""  # which DICOM study of the folder
+    series_key: str = ""  # which series of the study; empty: the best one
+    files: tuple[Path, ...] = ()  # the files of that series; empty: all below `path` are looked at
 
 
 @dataclass(frozen=True)
 class LoadedScan:
-    """A scan as it was read: HU in LPS, the given mask if there is one, W_ codes, and the slice thickness in mm."""
+    """A scan as it was read: HU in LPS, the given mask if there is one, W_ and V_ codes, slice thickness in mm.
+
+    `technical` is the whitelist of what a header may pass on: scanner maker, kernel class, kV, contrast.
+    """
 
     volume: Volume
     mask: Volume | None
     warnings: tuple[str, ...]
     thickness_mm: float
+    technical: TechnicalTags = field(default_factory=TechnicalTags)
 
 
 class SourceHashes:
@@ -52,13 +61,14 @@ class SourceHashes:
             stored = json.loads(path.read_text(encoding="utf-8"))
             self._known = {str(k): str(v) for k, v in stored.items()}
 
-    def of(self, *paths: Path | None) -> str:
-        """One hash for the contents of all paths (None is skipped)."""
+    def of(self, *paths: Path | tuple[Path, ...] | None) -> str:
+        """One hash for the contents of all paths (None is skipped); a tuple of files is remembered as one."""
         parts = []
         for path in (p for p in paths if p is not None):
-            look = self._look(path)
+            files = path if isinstance(path, tuple) else _files_in(path)
+            look = self._look(files)
             if look not in self._known:
-                self._known[look] = content_sha256(path)
+                self._known[look] = content_sha256(path) if isinstance(path, Path) else _contents_sha256(path)
                 self.new += 1
             parts.append(self._known[look])
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
@@ -75,9 +85,11 @@ class SourceHashes:
         self.new = 0
 
     @staticmethod
-    def _look(path: Path) -> str:
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-        seen = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    def _look(files: Sequence[Path]) -> str:
+        seen = []
+        for path in files:
+            status = path.stat()
+            seen.append((str(path.absolute()), status.st_size, status.st_mtime_ns))
         return hashlib.sha256(repr(seen).encode()).hexdigest()
 
 
@@ -85,26 +97,54 @@ def scan_inputs(cohort: Cohort, patient_id: str, hashes: SourceHashes | None = N
     """A patient's scans in time order, numbered from 0; content hashes are taken from `hashes` if it is given."""
     result = []
     for index, row in enumerate(cohort.scans_of(patient_id)):
-        source = hashes.of(row.path, row.mask_path) if hashes else ""
-        result.append(ScanInput(index, row.days, row.path, row.mask_path, row.kind, source, row.study_key))
+        scan = ScanInput(
+            index=index,
+            days=row.days,
+            path=row.path,
+            mask_path=row.mask_path,
+            kind=row.kind,
+            study_key=row.study_key,
+            series_key=row.series_key,
+            files=row.files,
+        )
+        result.append(replace(scan, source_sha256=hashes.of(*_sources(scan)) if hashes else ""))
     return result
 
 
-def load_input(scan: ScanInput, limits: LimitsSpec, *, with_mask: bool) -> LoadedScan:
-    """Read a scan, and its mask if wanted and given. Raises VolumeError with the code of the first fault."""
-    mask = read_mask(scan.mask_path) if with_mask and scan.mask_path is not None else None
+def load_input(
+    scan: ScanInput, limits: LimitsSpec, *, with_mask: bool, readers: ReaderLimits | None = None
+) -> LoadedScan:
+    """Read a scan, and its mask if wanted and given; `readers` bound what a header may announce.
+
+    Of a DICOM folder exactly the series is read that the scan names. Raises VolumeError with the code of the first
+    fault.
+    """
+    readers = readers or ReaderLimits()
+    mask = read_mask(scan.mask_path, readers=readers) if with_mask and scan.mask_path is not None else None
     if scan.kind == "image":
-        volume = read_volume(scan.path)
+        volume = read_volume(scan.path, readers=readers)
         return LoadedScan(volume, mask, (), volume.spacing[0])
     from fourdvq.data.choice import best_series
     from fourdvq.data.series import SeriesLimits, load_series
 
-    candidate = best_series(scan.path, study_key=scan.study_key)
-    series_limits = SeriesLimits(fill_single_gap=limits.fill_single_gap, shear_tilt=limits.tilt == "shear")
-    series = load_series(candidate, series_limits)
-    return LoadedScan(series.volume, mask, series.warnings, series.thickness_mm)
+    candidate = best_series(scan.path, study_key=scan.study_key, series_key=scan.series_key, files=scan.files)
+    series = load_series(candidate, SeriesLimits(limits.fill_single_gap, limits.tilt == "shear", readers))
+    return LoadedScan(series.volume, mask, series.warnings, series.thickness_mm, series.technical)
 
 
 def source_key(scan: ScanInput) -> str:
-    """The content hash of a scan and its mask."""
-    return scan.source_sha256 or SourceHashes().of(scan.path, scan.mask_path)
+    """The content hash of a scan and its mask: of the files that are read, not of others in their folder."""
+    return scan.source_sha256 or SourceHashes().of(*_sources(scan))
+
+
+def _sources(scan: ScanInput) -> tuple[Path | tuple[Path, ...] | None, ...]:
+    return scan.files or scan.path, scan.mask_path
+
+
+def _files_in(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+
+
+def _contents_sha256(files: Sequence[Path]) -> str:
+    """As `content_sha256` of a folder that holds these files and no others."""
+    return hashlib.sha256("".join(sorted(file_sha256(path) for path in files)).encode()).hexdigest()

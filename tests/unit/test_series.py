@@ -272,10 +272,11 @@ def test_the_thin_inspiratory_series_is_chosen(volume, tmp_path):
 def test_a_folder_of_dicom_is_a_cohort_with_days_from_its_dates(volume, tmp_path):
     scans = tmp_path / "ct"
     write_series(scans / "x" / "1", volume, study="one", study_date="20150301")
-    write_series(scans / "x" / "2", volume, study="two", study_date="20160229")
-    write_series(scans / "y", volume, study="three", patient_id="LEU-9", study_date="")
-    write_series(scans / "z1", volume, study="four", patient_id="LEU-10")
-    write_series(scans / "z2", volume, study="five", patient_id="LEU-10", edit=tag("PatientSex", "F"))
+    second, third, fourth, fifth = (Volume(volume.hu + k, volume.spacing, volume.origin) for k in (1, 2, 3, 4))
+    write_series(scans / "x" / "2", second, study="two", study_date="20160229")
+    write_series(scans / "y", third, study="three", patient_id="LEU-9", study_date="")
+    write_series(scans / "z1", fourth, study="four", patient_id="LEU-10")
+    write_series(scans / "z2", fifth, study="five", patient_id="LEU-10", edit=tag("PatientSex", "F"))
     (scans / "x" / "2_lung.nii.gz").touch()
     clinical = tmp_path / "clinical.csv"
     rows = [f"{p},60,M,ever,900,censored" for p in (CANARY_ID, "LEU-9", "LEU-10")]

@@ -1,0 +1,130 @@
+"""What a site says about its intake, and what intake tells the site: series.yaml in, candidates.csv out.
+
+candidates.csv shows every series that could have been used, under opaque keys; `private/series.csv` says in which
+folder each key is found. A line `study-...: series-...` in series.yaml overrules the choice.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fourdvq.data.choice import ChoiceRules
+from fourdvq.data.cohort import Cohort, Finding, pseudonyms
+from fourdvq.data.dicom_studies import OVERRIDES, DicomOptions
+from fourdvq.data.limits import ReaderLimits, shown
+from fourdvq.errors import ConfigError
+from fourdvq.preprocessing.profile import Profile
+from fourdvq_client.policy import Limits
+from fourdvq_client.site_secret import site_secret
+from fourdvq_client.workspace import Workspace, read_profile, write_private
+from fourdvq_client.yaml_file import read_yaml
+
+FINDING_COLUMNS = ("code", "where", "found", "fix", "patient_id", "scan_id")
+CANDIDATE_COLUMNS = (
+    "patient", "study", "series", "used", "by", "slices", "thickness", "breath", "lung", "kernel", "contrast", "reject",
+)  # fmt: skip
+_WORDS = CANDIDATE_COLUMNS[5:11]
+_ROW = re.compile(r"(.+) (row \d+(?:, [a-z-]+(?: \w+)?)?)")
+
+
+@dataclass(frozen=True)
+class ShownFinding:
+    """A finding without anything that names a patient, a date or a path; findings.csv has the rest."""
+
+    code: str
+    patient: str  # pseudonym, or empty
+    where: str
+    fix: str
+
+
+def candidates_file(workspace: Workspace) -> Path:
+    """Every series that a scan could have been made of, with its score in words."""
+    return workspace.root / "candidates.csv"
+
+
+def dicom_options(workspace: Workspace, progress: Callable[[int, int], None] | None = None) -> DicomOptions:
+    """How this site chooses series: the profile's limits, and series.yaml if there is one.
+
+    Raises ConfigError E_TYPE or E_VALUE for a series.yaml that is not made of keys.
+    """
+    rules = _rules(read_profile(workspace)) if workspace.profile_json.is_file() else ChoiceRules()
+    return DicomOptions(rules=rules, overrides=read_overrides(workspace.root / OVERRIDES), progress=progress)
+
+
+def read_overrides(path: Path) -> dict[str, str]:
+    """Study key to series key; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    overrides: dict[str, str] = {}
+    for study, series in read_yaml(path).items():
+        for key, kind in ((study, "study"), (series, "series")):
+            if not isinstance(key, str) or not re.fullmatch(rf"{kind}-[0-9a-f]{{12}}", key):
+                wanted = f"{kind}- and 12 hex digits, as in candidates.csv"
+                raise ConfigError("E_VALUE", where=f"{OVERRIDES}: {study}", found=repr(key), wanted=wanted)
+        overrides[study] = series
+    return overrides
+
+
+def reader_limits(limits: Limits) -> ReaderLimits:
+    """The policy's bounds on files from the archive, as the readers take them."""
+    return ReaderLimits(limits.max_voxels, limits.spacing_mm, limits.decode_memory_mb)
+
+
+def write_intake(workspace: Workspace, cohort: Cohort) -> None:
+    """Write findings.csv, candidates.csv and private/series.csv, each for the owner's eyes only (mode 0600)."""
+    findings = [[getattr(f, c) for c in FINDING_COLUMNS] for f in cohort.findings]
+    write_private(workspace.findings, _csv(FINDING_COLUMNS, findings))
+    names = _names(workspace, (c.patient_id for c in cohort.candidates))
+    rows = [
+        [names[c.patient_id], c.study_key, c.series_key, "yes" if c.used else "", c.by]
+        + [c.words.get(word, "") for word in _WORDS]
+        + [c.reject]
+        for c in cohort.candidates
+    ]
+    write_private(candidates_file(workspace), _csv(CANDIDATE_COLUMNS, sorted(rows)))
+    places = sorted([c.study_key, c.series_key, c.patient_id, shown(c.folder)] for c in cohort.candidates)
+    write_private(workspace.private / "series.csv", _csv(("study", "series", "patient_id", "folder"), places))
+
+
+def shown_findings(workspace: Workspace, findings: Sequence[Finding], tables: Mapping[str, str]) -> list[ShownFinding]:
+    """The findings as they may be printed; `tables` maps the names of the hospital's files to what we call them."""
+    from fourdvq.errors import explain
+
+    names = _names(workspace, (f.patient_id for f in findings))
+    return [
+        ShownFinding(f.code, names.get(f.patient_id, ""), _place(f.where, tables), explain(f.code).fix)
+        for f in findings
+    ]
+
+
+def _place(where: str, tables: Mapping[str, str]) -> str:
+    """The row and column of a table; anything else may hold a name and is only in findings.csv."""
+    found = _ROW.fullmatch(where)
+    return f"{tables[found[1]]} {found[2]}" if found and found[1] in tables else "see findings.csv"
+
+
+def _names(workspace: Workspace, patients: Iterable[str]) -> dict[str, str]:
+    ids = sorted(set(patients) - {""})
+    return pseudonyms(site_secret(workspace), ids)
+
+
+def _rules(profile: Profile) -> ChoiceRules:
+    """The hard filters of the profile; what it only warns of filters nothing."""
+    limits = profile.limits
+    return ChoiceRules(
+        min_coverage_mm=limits.min_coverage_mm if limits.cut_field == "refuse" else 0.0,
+        max_thickness_mm=limits.max_thickness_mm if limits.thick == "refuse" else float("inf"),
+    )
+
+
+def _csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue().encode("utf-8", "backslashreplace")

@@ -1,0 +1,233 @@
+"""DICOM studies as scans: each patient's studies, the series chosen in each, and what is wrong with them.
+
+A study's date and its patient are read here, used once, and stand in no opaque key.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fourdvq.data.choice import (
+    Choice,
+    ChoiceRules,
+    Estimate,
+    check_overrides,
+    choose_series,
+    nothing_found,
+)
+from fourdvq.data.cohort_rows import CandidateRow, DatedScan, Finding, ScanRow, finding
+from fourdvq.data.dicom import FolderScan, SeriesCandidate, scan_folder
+from fourdvq.data.limits import IMAGE_SUFFIXES
+from fourdvq.data.rough_lung import rough_lung_ml
+from fourdvq.data.tables import parse_date
+from fourdvq.errors import VolumeError
+
+OVERRIDES = "series.yaml"
+
+
+@dataclass(frozen=True)
+class DicomOptions:
+    """How series are chosen: hard filters, the guess of the lung volume, and a person's own choices by key.
+
+    `progress` is told how many files were looked at, and of how many.
+    """
+
+    rules: ChoiceRules = field(default_factory=ChoiceRules)
+    estimate: Estimate | None = rough_lung_ml
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    progress: Callable[[int, int], None] | None = None
+
+
+@dataclass(frozen=True)
+class _Study:
+    """The candidates for one scan, before one is chosen; `damaged` are files that may be slices of it."""
+
+    row: ScanRow
+    where: str
+    date: datetime.date | None
+    days: int | None
+    candidates: tuple[SeriesCandidate, ...]
+    damaged: tuple[Path, ...] = ()
+    error: VolumeError | None = None
+
+
+class DicomReader:
+    """Collects studies from folders, then chooses one series for each, patient by patient.
+
+    `candidates` and `skipped` say afterwards what there was to choose from and what was left out, by reason.
+    """
+
+    def __init__(self, options: DicomOptions | None = None) -> None:
+        self._options = options or DicomOptions()
+        self._studies: list[_Study] = []
+        self._loose_damage: list[Path] = []
+        self.candidates: list[CandidateRow] = []
+        self.skipped: Counter[str] = Counter()
+
+    def add_folder(self, row: ScanRow, where: str, date: datetime.date | None, days: int | None) -> None:
+        """A DICOM folder that the hospital's table names as one scan of a patient."""
+        found = self._look(row.path)
+        candidates = found.candidates
+        if date is not None:
+            # Of several studies in the folder, the one of that day.
+            same_day = tuple(c for c in candidates if parse_date(c.first.study_date) == date)
+            candidates = same_day or candidates
+        error = None if candidates else nothing_found(found, row.path)
+        self._studies.append(_Study(row, where, date, days, candidates, found.unreadable, error))
+
+    def add_studies(self, folder: Path) -> FolderScan:
+        """Every study below a folder, as a scan of the patient its headers name."""
+        found = self._look(folder)
+        by_study: dict[tuple[str, str], list[SeriesCandidate]] = {}
+        for candidate in found.candidates:
+            by_study.setdefault((_patient_of(candidate), candidate.first.study), []).append(candidate)
+        numbered: Counter[str] = Counter()
+        claimed: set[Path] = set()
+        in_time = sorted(by_study.items(), key=lambda item: (item[0][0], item[1][0].first.study_date, item[0][1]))
+        for (patient, _), candidates in in_time:
+            numbered[patient] += 1
+            date = candidates[0].first.study_date
+            where = f"DICOM study of {date or 'no date'} of patient {patient!r}"
+            place = _common_folder([s.path for c in candidates for s in c.slices])
+            folders = {s.path.parent for c in candidates for s in c.slices}
+            damaged = tuple(p for p in found.unreadable if p.parent in folders)
+            claimed.update(damaged)
+            row = ScanRow(patient, f"study-{numbered[patient]}", place, 0, mask_of(place, ""), "dicom")
+            self._studies.append(_Study(row, where, parse_date(date), None, tuple(candidates), damaged))
+        self._loose_damage += [p for p in found.unreadable if p not in claimed]
+        return found
+
+    def chosen(self, findings: list[Finding]) -> list[DatedScan]:
+        """A scan for each study that can be used. Raises ConfigError for an override that names nothing."""
+        check_overrides(self._options.overrides, [s.candidates for s in self._studies], OVERRIDES)
+        findings += [finding("E_CORRUPT", str(path), "a damaged DICOM file") for path in self._loose_damage]
+        findings += _identity_findings(self._studies)
+        result = []
+        for patient in sorted({s.row.patient_id for s in self._studies}):
+            mine = [s for s in self._studies if s.row.patient_id == patient]
+            usable = [s for s in mine if not _fault(s, findings)]
+            choices = choose_series(
+                [s.candidates for s in usable],
+                rules=self._options.rules,
+                estimate=self._options.estimate,
+                overrides=self._options.overrides,
+            )
+            for study, choice in zip(usable, choices, strict=True):
+                self.candidates += _candidate_rows(study, choice)
+                result.append(_scan_of(study, choice, findings))
+        return result
+
+    def _look(self, folder: Path) -> FolderScan:
+        found = scan_folder(folder, self._options.progress)
+        self.skipped += found.skipped
+        return found
+
+
+def mask_of(source: Path, text: str, *folders: Path) -> Path | None:
+    """The mask that a table names, or the file beside the scan (or DICOM folder) with its name and _lung."""
+    if text:
+        return next((f / text for f in folders if (f / text).exists()), folders[0] / text)
+    endings = sorted(IMAGE_SUFFIXES, key=len, reverse=True)
+    suffix = "" if source.is_dir() else next((e for e in endings if source.name.lower().endswith(e)), "")
+    stem = source.name[: len(source.name) - len(suffix)]
+    beside = [source.with_name(f"{stem}_lung{ending}") for ending in endings]
+    return next((path for path in beside if path.exists()), None)
+
+
+def _patient_of(candidate: SeriesCandidate) -> str:
+    """The id that most slices carry: one damaged header may not move a scan to another patient."""
+    return Counter(s.patient_id for s in candidate.slices).most_common(1)[0][0]
+
+
+def _fault(study: _Study, findings: list[Finding]) -> bool:
+    """Note what keeps a whole study out."""
+    patient, scan = study.row.patient_id, study.row.scan_id
+
+    def note(code: str, where: str, found: str) -> bool:
+        findings.append(finding(code, where, found, patient=patient, scan=scan))
+        return True
+
+    if not patient:
+        findings.append(finding("E_ID", study.where, "no PatientID"))
+        return True
+    if study.error is not None:
+        return note(study.error.code, f"{study.where}: {study.error.where}", study.error.found)
+    born = {parse_date(c.first.birth_date) for c in study.candidates} - {None}
+    if study.date is not None and any(b is not None and b > study.date for b in born):
+        return note("E_DATE", study.where, "a study before the patient's birth")
+    return False
+
+
+def _scan_of(study: _Study, choice: Choice, findings: list[Finding]) -> DatedScan:
+    """The scan with its chosen series; a series that may have lost a slice is a finding, and preparation refuses it."""
+    used, row = choice.used, study.row
+    if used.strays:
+        found = "an image that lies where the scan lacks a slice, but does not belong to it by its header"
+        where = str(used.strays[0].path)
+        findings.append(finding("E_MIXED", where, found, patient=row.patient_id, scan=row.scan_id))
+    if study.damaged:
+        # A damaged file does not say which series it belongs to; going on without it could lose a slice.
+        found = f"{len(study.damaged)} damaged files beside the scan's slices"
+        findings.append(finding("E_CORRUPT", str(study.damaged[0]), found, patient=row.patient_id, scan=row.scan_id))
+    files = tuple(sorted({*used.files, *study.damaged}))
+    row = replace(row, study_key=used.study_key, series_key=used.series_key, files=files)
+    score = next(j.score for j in choice.judged if j.candidate is used)
+    return DatedScan(row, study.where, study.date, study.days, score, used)
+
+
+def _candidate_rows(study: _Study, choice: Choice) -> list[CandidateRow]:
+    row = study.row
+    return [
+        CandidateRow(
+            patient_id=row.patient_id,
+            scan_id=row.scan_id,
+            study_key=j.candidate.study_key,
+            series_key=j.candidate.series_key,
+            used=j.candidate is choice.used,
+            by=choice.by if j.candidate is choice.used else "",
+            reject=j.reject or ("" if j.candidate is choice.used else _lost_by(j.score, choice.judged[0].score)),
+            folder=j.candidate.first.path.parent,
+            words=j.words,
+        )
+        for j in choice.judged
+    ]
+
+
+_CRITERIA = (
+    "no geometry", "too few slices", "coverage", "thickness", "breathed out", "not thin", "not named inspiration",
+    "smaller lung", "another kernel than the other visits", "kernel", "contrast", "fewer slices",
+)  # fmt: skip
+
+
+def _lost_by(score: Sequence[int], best: Sequence[int]) -> str:
+    """The first criterion in which a candidate falls behind the best one."""
+    return next((word for word, a, b in zip(_CRITERIA, score, best, strict=True) if a < b), "equal; settled by the key")
+
+
+def _identity_findings(studies: Iterable[_Study]) -> list[Finding]:
+    persons: dict[str, dict[str, set[str]]] = {}
+    for study in studies:
+        for head in (s for c in study.candidates for s in c.slices):
+            person = persons.setdefault(study.row.patient_id, {"patient id": set(), "sex": set(), "birth date": set()})
+            person["patient id"].add(head.patient_id)
+            person["sex"] |= {head.sex} - {"", "O"}
+            person["birth date"] |= {head.birth_date} - {""}
+    return [
+        finding(
+            "E_IDENTITY", f"DICOM headers of patient {patient!r}", f"{len(kinds)} values of {what}", patient=patient
+        )
+        for patient, person in persons.items()
+        for what, kinds in person.items()
+        if len(kinds) > 1
+    ]
+
+
+def _common_folder(paths: Sequence[Path]) -> Path:
+    folder = paths[0].parent
+    while not all(path.is_relative_to(folder) for path in paths):
+        folder = folder.parent
+    return folder
