@@ -52,12 +52,12 @@ class TableSite:
         self.audit = AuditLog(folder / "audit.jsonl", "key")
         self.guard = Guard(table.name, self.facts, self.audit, AcceptedRounds(folder / "state"))
         self.desk = CoxDesk(workspace, table.name, self.table_for)
-        self.third: dict[str, CoxSite] = {}  # tables of the third scans by source
+        self.third: dict[str, CoxSite] = {}  # tables of later scans by feature, all sources side by side
         self.sent: list[tuple[str, Reply]] = []
         self.before: dict[str, Callable[[], None]] = {}
 
     def table_for(self, hello: HelloRequest, tokenizer: str, plan: Plan) -> CoxSite:
-        return self.third[hello.source] if hello.purpose == "longitudinal" else self.table
+        return self.third[hello.feature] if hello.purpose == "longitudinal" else self.table
 
     def __call__(self, message: Message, context: Context) -> Message:
         kind, envelope = message.metadata.message_type, NO_ENVELOPE

@@ -22,7 +22,7 @@ from fourdvq.errors import Refused, WireError
 from fourdvq.plan import Plan
 from fourdvq.survival.disclosure import Policy
 from fourdvq.survival.masking import MaskedSums, Masker
-from fourdvq.survival.messages import HelloRequest, RiskSums
+from fourdvq.survival.messages import HelloRequest, ResultMessage, RiskSums
 from fourdvq.survival.state import CoxSiteState
 from fourdvq.survival.table import CoxSite
 from fourdvq.wire.body import body_sha256
@@ -41,6 +41,7 @@ from fourdvq.wire.messages import (
 from fourdvq_client.cox_register import CoxRegister
 from fourdvq_client.egress import Outcome
 from fourdvq_client.policy import SitePolicy
+from fourdvq_client.survival_model import keep_model
 from fourdvq_client.workspace import Workspace
 
 Key = tuple[str, int]  # run, number of the analysis
@@ -90,7 +91,7 @@ class CoxDesk:
     def answer(self, task: CoxTask, envelope: TaskEnvelope, plan: Plan, policy: SitePolicy) -> Outcome:
         """The site's sums. Raises Refused E_COX_RULE with the rule as its place, also for a request out of order."""
         key = (envelope.run, task.analysis)
-        asked = body_sha256(task)
+        asked = f"{task.kind} {body_sha256(task)}"  # two kinds can have the same fields
         if self._open is not None and self._open.key == key and self._open.last and self._open.last[0] == asked:
             return self._open.last[1]
         if isinstance(task.request, HelloRequest):
@@ -103,6 +104,8 @@ class CoxDesk:
         sums = state.send(task.request)
         if isinstance(task.request, HelloRequest):
             self._register.keep(state.register, plan=plan.hash)
+        elif isinstance(task.request, ResultMessage):
+            keep_model(self.workspace, envelope.run, task.request, state.site.names, state.codebook_sha256)
         outcome = Outcome(_reply(task, sums), self._open.patients)
         self._open.last = (asked, outcome)
         return outcome

@@ -1,10 +1,12 @@
-"""The third scan of held-out patients as the world model expects it from the first two: its code shares, kept here.
+"""Later scans of held-out patients as the world model expects them from the first two: their code shares, kept here.
 
-The survival stage compares them with the real third scan and with the second one carried forward. Nothing of it leaves
-but sums. Source: paper section 3, the cross-sectional test.
+The longitudinal stage compares them with the real third scan and the second one carried forward, and compares changes
+over the year after the second scan. Nothing of it leaves but sums. Source: paper section 3.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from fourdvq.tensors import payload_sha256
 from fourdvq.wire.messages import CoxFutureTask, Receipt
 from fourdvq_client.bench import Bench
 from fourdvq_client.egress import Outcome
-from fourdvq_client.third_scans import THIRD, keep_future_codes, with_third_scan
+from fourdvq_client.third_scans import SECOND, THIRD, FutureCodes, follow_up_of, keep_future_codes, with_third_scan
 from fourdvq_client.worker import Job
 
 
@@ -26,7 +28,8 @@ class FutureBench(Bench):
     """A Bench that also generates scans for the survival analysis."""
 
     def future_codes(self, job: Job) -> Outcome:
-        """Generate the third scan of every test patient who has one, and keep its shares.
+        """Generate the third scan of every test patient who has one, and the year after the second where the patient
+        has a scan then, and keep their shares.
 
         Raises ModelError E_TOKENIZER if the run was frozen under another tokenizer than the task names.
         """
@@ -40,22 +43,37 @@ class FutureBench(Bench):
         ode.load_state_dict(dict(task.weights))
         world = WorldModel(vqgan, ode.to(vqgan.codebook.codes.device).eval(), found)
         patients = with_third_scan(self._cohort().of("test"))
-        shares = {p.pseudonym: third_scan_shares(world, p, job.plan) for p in patients}
+        third, change = {}, {}
+        for patient in patients:
+            later = follow_up_of(patient, job.plan.survival.followup_window_days)
+            wanted = [THIRD] if later is None else [THIRD, SECOND, later]
+            third[patient.pseudonym], *year = generated_shares(world, patient, job.plan, wanted)
+            if year:
+                change[patient.pseudonym] = year[1] - year[0]
         ode_name = payload_sha256(task.weights)
-        keep_future_codes(self._workspace, job.envelope.run, shares, tokenizer=found, ode=ode_name)
+        made = FutureCodes(third=third, change=change)
+        keep_future_codes(self._workspace, job.envelope.run, made, tokenizer=found, ode=ode_name)
         return Outcome(Receipt(sha256=found), len(patients))
 
 
-def third_scan_shares(world: WorldModel, patient: PreparedPatient, plan: Plan) -> np.ndarray:
-    """Shares (K,) of the codes of the third scan, generated at its own time from the first two."""
+def generated_shares(
+    world: WorldModel, patient: PreparedPatient, plan: Plan, wanted: Sequence[int]
+) -> list[np.ndarray]:
+    """Shares (K,) of the codes at the times of the scans `wanted`, generated from the first two scans.
+
+    Each time once: a follow-up can be the third scan itself.
+    """
     given = patient.scans[:THIRD]
+    times = sorted({patient.scans[index].years for index in wanted})
     made = generate(
         world,
         torch.stack([load_x01(scan, plan.window_hu) for scan in given]),
         [scan.years for scan in given],
-        [patient.scans[THIRD].years],
+        times,
         lung=load_lung(given[0]),
     )
     if plan.survival.region == "lung":
-        return made.histograms[0].numpy()
-    return code_histogram(made.indices[0], None, plan.model.n_codes).numpy()
+        shares = [histogram.numpy() for histogram in made.histograms]
+    else:
+        shares = [code_histogram(indices, None, plan.model.n_codes).numpy() for indices in made.indices]
+    return [shares[times.index(patient.scans[index].years)] for index in wanted]

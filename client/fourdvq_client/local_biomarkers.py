@@ -1,4 +1,5 @@
-"""Code histograms of the site's own patients under a released model: the candidates of the survival analysis."""
+"""Code histograms of the site's own patients under a released model, their risk under the survival model that the
+coordinator told this site, and where the selected codes lie in a scan. All of it stays here."""
 
 from __future__ import annotations
 
@@ -9,21 +10,36 @@ from pathlib import Path
 
 import numpy as np
 
-from fourdvq.data.datasets import open_prepared
+from fourdvq.data.datasets import PreparedPatient, clinical_of, load_x01, open_prepared
+from fourdvq.data.latents import LatentPatient
 from fourdvq.errors import CohortError
 from fourdvq.generation import code_histogram
+from fourdvq.models.vqgan import VQGAN3d
+from fourdvq.plan import Plan
+from fourdvq.survival.biomarkers import biomarker_table
+from fourdvq.survival.pictures import code_patch, places_of
 from fourdvq_client.latent_cache import LatentCache, encode_patient
 from fourdvq_client.released import Released, world_model
+from fourdvq_client.survival_model import SurvivalModel, read_model
 from fourdvq_client.workspace import SiteConfig, Workspace, write_private
+
+Codes = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class LocalHistograms:
-    """Shares (n, K) of the codes inside the lung at each patient's first scan; rows sum to 1."""
+    """Shares (n, K) of the codes inside the lung at each patient's first scan; rows sum to 1.
+
+    `risk` (n,): log hazard ratio against a patient with the training means, NaN for incomplete covariates and where no
+    run told a model. `selected`: the codes of that model. `picture`: what they are and where they lie, None without.
+    """
 
     pseudonyms: tuple[str, ...]
     shares: np.ndarray
     file: Path
+    risk: np.ndarray
+    selected: tuple[int, ...] = ()
+    picture: Path | None = None
 
     def most_common(self, top: int) -> list[tuple[int, float, int]]:
         """(code, mean share, patients in whom it occurs) of the codes with the largest mean share."""
@@ -43,22 +59,46 @@ def local_histograms(workspace: Workspace, config: SiteConfig, release: Released
     world = world_model(release, config.device)
     cache = LatentCache(workspace.latents / world.tokenizer_sha256)
     n_codes = release.plan.model.n_codes
-    rows = []
+    model = read_model(workspace, world.tokenizer_sha256)
+    rows, coded = [], {}
     for patient in cohort.patients:
         latents = cache.get(patient) or cache.put(
             patient, encode_patient(world.vqgan, patient, release.plan, world.tokenizer_sha256)
         )
         rows.append(code_histogram(latents.indices[0].long(), latents.lung, n_codes).numpy())
+        coded[patient.pseudonym] = latents
     names = tuple(p.pseudonym for p in cohort.patients)
     shares = np.stack(rows)
+    risk, picture, selected = np.full(len(names), np.nan), None, Codes()
+    if model is not None:
+        risk, selected = _risk(workspace, release.plan, model, dict(zip(names, shares, strict=True))), model.codes
+        best = int(shares[:, list(selected)].sum(axis=1).argmax())
+        picture = workspace.reports / "codes.png"
+        write_private(picture, _places(world.vqgan, cohort.patients[best], coded[names[best]], release.plan, selected))
     path = workspace.reports / "biomarkers.csv"
-    write_private(path, _csv(names, shares))
-    return LocalHistograms(names, shares, path)
+    write_private(path, _csv(names, shares, risk))
+    return LocalHistograms(names, shares, path, risk, selected, picture)
 
 
-def _csv(names: tuple[str, ...], shares: np.ndarray) -> bytes:
+def _risk(workspace: Workspace, plan: Plan, model: SurvivalModel, shares: dict[str, np.ndarray]) -> np.ndarray:
+    """(n,) in the order of `shares`."""
+    clinical = clinical_of(workspace.prep, transplant=plan.survival.transplant)
+    table = biomarker_table(shares, clinical, name="here").site
+    known = dict(zip(table.ids or (), model.risk(table), strict=True))
+    return np.array([known.get(name, np.nan) for name in shares])
+
+
+def _places(vqgan: VQGAN3d, patient: PreparedPatient, latents: LatentPatient, plan: Plan, codes: Codes) -> bytes:
+    """The codes' patches, and where they lie in the first scan of the patient who has most of them."""
+    scan = load_x01(patient.scans[0], plan.window_hu)[0].double().numpy()
+    patches = [code_patch(vqgan, code) for code in codes]
+    return places_of(scan, latents.indices[0].long().numpy(), latents.lung.numpy(), codes, patches)
+
+
+def _csv(names: tuple[str, ...], shares: np.ndarray, risk: np.ndarray) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["pseudonym", *(f"code_{k}" for k in range(shares.shape[1]))])
-    writer.writerows([name, *(f"{v:.9g}" for v in row)] for name, row in zip(names, shares, strict=True))
+    writer.writerow(["pseudonym", "log_hazard_ratio", *(f"code_{k}" for k in range(shares.shape[1]))])
+    for name, value, row in zip(names, risk, shares, strict=True):
+        writer.writerow([name, "" if np.isnan(value) else f"{value:.6g}", *(f"{v:.9g}" for v in row)])
     return text.getvalue().encode()

@@ -193,11 +193,12 @@ def agree_group_grid(group: Literal["low", "high"], bin_days: float, horizons: F
     as edges, and the finest bins between them."""
     fine = first_grid(bin_days).edges
     coarse = yield from agree_grid(GridRequest(edges=np.append(horizons, fine[-1]), group=group))
+    sums = yield GridRequest(edges=fine, group=group)
+    sound_bins = sums.accepting == sums.sites
     parts, start = [], -1.0
     for end in coarse.edges:
-        inner = fine[(fine > start) & (fine <= end)]
-        joined = yield from _joined(inner, np.zeros(len(inner), dtype=bool), start=start, group=group)
-        parts.append(joined)
+        inner = (fine > start) & (fine <= end)
+        parts.append((yield from _joined(fine[inner], sound_bins[inner], start=start, group=group)))
         start = float(end)
     grid = GridRequest(edges=np.concatenate(parts), group=group)
     sums = yield grid

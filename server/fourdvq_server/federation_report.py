@@ -10,6 +10,7 @@ from typing import Any
 from fourdvq.config import to_plain
 from fourdvq.data.files import file_sha256, write_atomic
 from fourdvq.errors import ConfigError
+from fourdvq_server.biomarker_files import report_figures
 from fourdvq_server.stages.table import STAGES
 from fourdvq_server.store import RunStore, write_json
 
@@ -36,6 +37,7 @@ def facts_of(store: RunStore) -> dict[str, Any]:
         "tables": validated.get("tables", {}),
         "failed": validated.get("failed", {}),
         "biomarkers": results.get("survival") or {},
+        "biomarker_figures": report_figures(store.stage("survival").folder),
         "release": results.get("release") or {},
         "bytes_down": store.status.get("bytes_down", {}),
         "bytes_up": store.status.get("bytes_up", {}),
@@ -171,7 +173,9 @@ thead th { border-bottom: 1px solid #9aa5b1 } pre { overflow-x: auto; background
 <td>{{ "%.3f" % row.concordance if row.concordance is not none else "-" }}</td>
 <td>{{ "selected" if row.selected }}</td></tr>{% endfor %}</table>
 <p class="note">Over the folds: geometric means, the largest p, the mean C within sites. Best ten by C; nothing here
-is a finding without the permutation P.</p>{% else %}<p>None yet.</p>{% endif %}
+is a finding without the permutation P.</p>
+{% for figure in biomarker_figures %}<figure><img src="{{ figure.source }}" alt="{{ figure.title }}">
+<figcaption class="note">{{ figure.title }}</figcaption></figure>{% endfor %}{% else %}<p>None yet.</p>{% endif %}
 <h2>Rounds</h2>
 {% for stage in ("vqgan", "ode") %}<h3>{{ stage }}</h3><table>
 {% for line in rounds if line.stage == stage %}<tr><td>round {{ line.round }}</td><td>

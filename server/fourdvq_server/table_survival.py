@@ -27,9 +27,9 @@ from fourdvq.survival.selection import Selection, SelectionRun
 from fourdvq.survival.small_sample import Assessment, assess_model
 from fourdvq.survival.state import CoxSiteState
 from fourdvq.survival.table import CoxSite
-from fourdvq_server.biomarker_files import write_biomarkers
+from fourdvq_server.biomarker_files import RECORD, write_biomarkers
 from fourdvq_server.biomarker_tables import TableSites
-from fourdvq_server.stages.survival import RECORD, SHARED, TABLE, biomarker_rows
+from fourdvq_server.stages.survival import SHARED, TABLE, biomarker_rows
 from fourdvq_server.store import write_json
 
 R = TypeVar("R")

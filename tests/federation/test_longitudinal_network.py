@@ -31,15 +31,46 @@ def three(tmp_path):
     sites = table_sites(tmp_path / "sites", cohorts(SIZES, codes=6, log_hr=0.6, true=3, seed=5), plan)
     for site, test in zip(sites.values(), cohorts((45, 40, 35), codes=6, log_hr=0.6, true=3, seed=900), strict=True):
         real = dataclasses.replace(test, name=site.table.name)
-        site.third = {"real": real, "generated": with_noise(real, 1, 0.5), "carried": with_noise(real, 2, 4.0)}
+        versions = (real, with_noise(real, 1, 0.5), with_noise(real, 2, 4.0))
+        site.third = {"level": beside(versions), "change": beside(versions[:2])}
     return tmp_path, plan, sites
+
+
+def beside(versions):
+    """One table of the same patients with all versions of their codes side by side."""
+    return dataclasses.replace(versions[0], X=np.column_stack([v.X for v in versions]))
+
+
+def version(table, number, codes=6):
+    return dataclasses.replace(table, X=table.X[:, number * codes : (number + 1) * codes])
+
+
+def few(table, n=6):
+    keep = np.arange(n)
+    return dataclasses.replace(
+        table, X=table.X[keep], C=table.C[keep], t=table.t[keep], e=table.e[keep], ids=table.ids[:n]
+    )
+
+
+def model_of(sites):
+    """A frozen model of the codes, as stage survival would have fitted it: lifelines on the training rows."""
+    import pandas as pd
+
+    train = pd.concat([frame(site.table) for site in sites.values()])
+    fitted = CoxPHFitter(penalizer=0.01).fit(train, "t", "e", strata=["site"])
+    names = [name for name in train if name not in ("t", "e", "site")]
+    rows = [
+        {"name": name, "beta_per_sd": fitted.params_[name] * train[name].std(), "mean": m, "sd": train[name].std()}
+        for name, m in train[names].mean().items()
+    ]
+    return {"coefficients": rows, "banner": ""}
 
 
 def compared(folder, plan, sites, codes=CODES):
     with LocalGrid(sites, one_at_a_time=True) as grid:
         context = stage_context(folder / "coordinator", grid, sites, plan)
         context.store.stage("ode").write_round(1, {"weights": initial_ode(plan).state_dict(), "server_state": {}}, {})
-        return longitudinal.compare(context, exchange_of(context), codes, sorted(sites)), context
+        return longitudinal.compare(context, exchange_of(context), codes, model_of(sites)), context
 
 
 def frame(site):
@@ -51,32 +82,32 @@ def frame(site):
     return pd.DataFrame({**columns, "t": site.t, "e": site.e.astype(int), "site": site.name})
 
 
-def test_frozen_model_and_concordances_are_those_of_lifelines_on_the_rows(three):
-    import pandas as pd
-
+def test_concordances_of_all_sources_are_those_of_lifelines_on_the_rows_and_come_with_intervals(three):
     folder, plan, sites = three
     facts, _ = compared(folder, plan, sites)
-    names = [row["name"] for row in facts["model"]["coefficients"]]
-    beta = np.array([row["beta_per_sd"] for row in facts["model"]["coefficients"]])
-    sd = np.array([row["sd"] for row in facts["model"]["coefficients"]])
-    train = pd.concat([frame(site.table) for site in sites.values()])
-    scaled = train.assign(**{name: train[name] / s for name, s in zip(names, sd, strict=True)})
-    fitter = CoxPHFitter(penalizer=plan.survival.ridge / len(train))
-    tight = {"precision": 1e-22, "r_precision": -1}  # its default stops up to 4e-4 standard errors away
-    fitter.fit(scaled, "t", "e", strata=["site"], fit_options=tight)
-    # Its penalty is on columns of exactly SD 1, ours on the SD rounded to three digits: hence the tolerance.
-    np.testing.assert_allclose(beta, fitter.params_[names].to_numpy(), rtol=5e-3, atol=1e-4)
-    for source in longitudinal.SOURCES:
-        concordant = pairs = 0.0
-        for site in sites.values():
-            table = site.third[source]
-            risk = (frame(table)[names].to_numpy() / sd) @ beta
-            n = comparable_pairs(table)
-            concordant += n * concordance_index(table.t, -risk, table.e)
-            pairs += n
-        assert facts["concordance"][source] == pytest.approx(concordant / pairs, abs=1e-9), source
-    assert facts["concordance"]["real"] > facts["concordance"]["carried"]
-    assert facts["model"]["banner"] == ""
+    rows = model_of(sites)["coefficients"]
+    names, beta, sd = [row["name"] for row in rows], *(np.array([r[k] for r in rows]) for k in ("beta_per_sd", "sd"))
+    for feature, sources in longitudinal.SOURCES.items():
+        part = facts[feature]
+        for number, source in enumerate(sources):
+            concordant = pairs = 0.0
+            for site in sites.values():
+                table = version(site.third[feature], number)
+                risk = (frame(table)[names].to_numpy() / sd) @ beta
+                n = comparable_pairs(table)
+                concordant += n * concordance_index(table.t, -risk, table.e)
+                pairs += n
+            row = part["sources"][source]
+            assert row["c"] == pytest.approx(concordant / pairs, abs=1e-9), source
+            assert row["low"] < row["c"] < row["high"]
+        for name, row in part["differences"].items():
+            other = part["sources"][name.removeprefix("real - ")]["c"]
+            assert row["c"] == pytest.approx(part["sources"]["real"]["c"] - other, abs=1e-12)
+    level = facts["level"]
+    assert facts["concordance"] == {name: row["c"] for name, row in level["sources"].items()}
+    # Codes with much noise tell less, and 120 patients are enough to see it; a little noise is not seen.
+    assert level["differences"]["real - carried"]["low"] > 0
+    assert level["differences"]["real - generated"]["low"] < 0 < level["differences"]["real - generated"]["high"]
     assert facts["ended"] == []
 
 
@@ -87,36 +118,28 @@ def comparable_pairs(site):
 
 def test_small_test_sets_are_refused_by_design_and_the_record_says_so(three):
     folder, plan, sites = three
-    few = np.arange(6)
     for site in sites.values():
-        for source, table in site.third.items():
-            site.third[source] = dataclasses.replace(
-                table, X=table.X[few], C=table.C[few], t=table.t[few], e=table.e[few], ids=table.ids[:6]
-            )
+        site.third = {feature: few(table) for feature, table in site.third.items()}
     facts, _ = compared(folder, plan, sites)
     assert facts["concordance"] == {}
     assert "refused by design" in facts["why"]
+    refused = dict.fromkeys(sorted(sites), "COX_REFUSED")
     assert facts["ended"] == [
-        {
-            "purpose": "longitudinal real",
-            "sites": sorted(sites),
-            "ended_by": dict.fromkeys(sorted(sites), "COX_REFUSED"),
-        }
+        {"purpose": f"longitudinal {feature}", "sites": sorted(sites), "ended_by": refused}
+        for feature in ("level", "change")
     ]
-    assert facts["model"]["deaths_per_parameter"] > 5
 
 
-def test_one_small_site_is_left_out_of_all_three_sources(three):
+def test_one_small_site_is_left_out_of_all_sources_and_one_feature_may_lack_where_the_other_is_there(three):
     folder, plan, sites = three
-    small = sites["siteb"]
-    for source, table in small.third.items():
-        small.third[source] = dataclasses.replace(
-            table, X=table.X[:6], C=table.C[:6], t=table.t[:6], e=table.e[:6], ids=table.ids[:6]
-        )
+    sites["siteb"].third["level"] = few(sites["siteb"].third["level"])
+    for site in sites.values():
+        site.third["change"] = few(site.third["change"])
     facts, _ = compared(folder, plan, sites)
-    assert facts["sites"] == ["sitea", "sitec"]
-    assert [e["ended_by"] for e in facts["ended"]] == [{"siteb": "COX_REFUSED"}]
-    assert set(facts["concordance"]) == set(longitudinal.SOURCES)
+    assert facts["sites"] == facts["level"]["sites"] == ["sitea", "sitec"]
+    assert set(facts["concordance"]) == set(longitudinal.SOURCES["level"])
+    assert facts["change"]["sources"] == {}
+    assert facts["ended"][0]["ended_by"] == {"siteb": "COX_REFUSED"}
 
 
 def test_without_a_selected_code_nobody_is_asked(three):

@@ -8,24 +8,35 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from lifelines import CoxPHFitter
+from lifelines.statistics import proportional_hazard_test
+from PIL import Image
 
 from cox_sites import TOKENIZER, exchange_of, stage_context, survival_plan, table_sites
 from fourdvq import console
 from fourdvq.config import to_plain
 from fourdvq.errors import Refused
 from fourdvq.survival import PaperRule, Policy, SelectionRun, Settings
+from fourdvq.survival.kaplan_meier import logrank_sums
 from fourdvq.survival.local import drive
 from fourdvq.survival.masking import encode, unmask_total
 from fourdvq.survival.messages import CoxMoments, CoxSums, MomentsRequest
+from fourdvq.survival.pictures import pictures_of
+from fourdvq.training.vqgan import initial_model
 from fourdvq.wire.masked import masked_sums
 from fourdvq.wire.messages import COX_REPLIES, COX_TASKS, CoxKeysTask, CoxPeersTask, MaskedReply, RiskReply
+from fourdvq_client.survival_model import read_model
 from fourdvq_server.cli import app as server_cli
+from fourdvq_server.federation_report import write_html
 from fourdvq_server.local_grid import LocalGrid
 from fourdvq_server.stages import survival
+from fourdvq_server.stages.prognosis import prognosis
+from fourdvq_server.store import open_store
 from site_cases import envelope_of
-from survival_data import cohorts
+from survival_data import TIGHT, cohorts
 
 SIZES = (70, 60, 55)
 RULE = to_plain(survival_plan().survival.rule) | {"max_p": 0.7, "min_c": 0.2}
@@ -153,10 +164,87 @@ def test_a_shared_baseline_that_the_plan_does_not_have_is_refused(three):
         site.desk.answer(task, envelope_of(task, 1), plan, site.facts.policy().rules)
 
 
+def after_selection(folder, sites, plan, codes):
+    """Model and risk groups of these codes over the sites, as stage survival asks for them."""
+    with LocalGrid(sites, one_at_a_time=True) as grid:
+        context = stage_context(folder / "further", grid, sites, plan)
+        exchange = exchange_of(context)
+        hello = survival.hello_of(context, TOKENIZER, len(sites))
+        return prognosis(exchange, hello, codes, sorted(sites))
+
+
+def test_model_risk_groups_and_proportional_hazards_over_masked_sums_are_those_of_the_rows(three):
+    folder, plan, sites = three
+    sites = table_sites(folder / "large", cohorts((150, 140, 130), codes=6, true=3, log_hr=0.5, seed=5), plan)
+    found = after_selection(folder, sites, plan, (0, 2))
+    assert found["ended"] == []
+    rows = pd.concat(
+        [
+            pd.DataFrame(np.column_stack([s.table.X[:, [0, 2]], s.table.C]), columns=list("abxyz")).assign(
+                t=s.table.t, e=s.table.e.astype(int), site=name
+            )
+            for name, s in sites.items()
+        ],
+        ignore_index=True,
+    )
+    model = found["model"]["coefficients"]
+    assert [row["name"] for row in model] == ["code_0", "code_2", "age", "sex", "smoking"]
+    sd, beta, mean = (np.array([row[key] for row in model]) for key in ("sd", "beta_per_sd", "mean"))
+    scaled = rows.assign(**{c: rows[c] / s for c, s in zip("abxyz", sd, strict=True)})
+    fitted = CoxPHFitter(penalizer=plan.survival.ridge / len(rows))
+    fitted.fit(scaled, "t", "e", strata=["site"], fit_options=TIGHT)
+    # Its penalty is on columns of exactly SD 1, ours on the SD rounded to three digits: hence the tolerance.
+    np.testing.assert_allclose(beta, fitted.params_.to_numpy(), rtol=5e-3, atol=1e-4)
+    tested = proportional_hazard_test(fitted, scaled, time_transform="log")
+    np.testing.assert_allclose([row["ph_p"] for row in model], tested.p_value, rtol=0.03)
+    groups = found["risk_groups"]
+    high = (rows[list("abxyz")].to_numpy() - mean) / sd @ beta > 0
+    total = [np.zeros(1), np.zeros(1)]
+    for name in sites:
+        part = (rows["site"] == name).to_numpy()
+        sums = logrank_sums(
+            rows["t"][part].to_numpy(), rows["e"][part].to_numpy() == 1, high[part], np.zeros(part.sum())
+        )
+        total[0] = total[0] + sums.observed_minus_expected
+        total[1] = total[1] + sums.variance
+    assert groups["logrank_chi2"] == pytest.approx(float(total[0][0] ** 2 / total[1][0]), rel=1e-9)
+    assert set(groups["curves"]) == {"low", "high"}
+    assert {row["asked_years"] for row in groups["calibration"]} >= {1.0}
+    kinds = {kind for kind, _ in next(iter(sites.values())).sent}
+    assert kinds >= {"query.cox_ph", "query.cox_groups", "query.cox_km", "query.cox_logrank", "query.cox_calibration"}
+    assert all(isinstance(r, MaskedReply) for kind, r in next(iter(sites.values())).sent if kind in COX_REPLIES)
+    # Every site was told the model, and computes the risk of its own patients from it.
+    for site in sites.values():
+        known = read_model(site.desk.workspace, TOKENIZER)
+        assert known.codes == (0, 2)
+        columns = np.column_stack([site.table.X[:, [0, 2]], site.table.C])
+        np.testing.assert_allclose(known.risk(site.table), (columns - mean) / sd @ beta, atol=1e-12)
+        assert read_model(site.desk.workspace, "0" * 64) is None
+
+
+def test_a_death_on_day_zero_costs_the_test_of_proportional_hazards_and_not_the_model(three):
+    folder, plan, _ = three
+    tables = cohorts(SIZES, codes=6, log_hr=0.5, seed=5)
+    t = tables[0].t.copy()
+    t[np.flatnonzero(tables[0].e)[0]] = 0.0
+    sites = table_sites(folder / "zero", [dataclasses.replace(tables[0], t=t), *tables[1:]], plan)
+    found = after_selection(folder, sites, plan, (0,))
+    assert [row["ph_p"] for row in found["model"]["coefficients"]] == [None] * 4
+    assert [(part["purpose"], set(part["ended_by"].values())) for part in found["ended"]] == [
+        ("multivariable", {"DATA_INVALID"})
+    ]
+
+
 def test_biomarkers_shows_a_finished_selection_and_writes_its_table_and_figures(three, capsys):
     folder, plan, sites = three
-    attempts, context = federated(folder, sites, plan)
-    facts = survival.report(context, attempts)
+    with LocalGrid(sites, one_at_a_time=True) as grid:
+        context = stage_context(folder / "coordinator", grid, sites, plan)
+        attempts = survival.select(context, exchange_of(context))
+        selected = attempts[0].selection.selected
+        hello = survival.hello_of(context, TOKENIZER, len(sites))
+        further = prognosis(exchange_of(context), hello, selected, sorted(sites))
+    picture = pictures_of(initial_model(plan).eval(), selected, plan.window_hu)
+    facts = survival.report(context, attempts, further, picture)
     stage = context.store.stage("survival")
     stage.finish(facts)
     # The run's folder is <project>/runs/<run> for the command.
@@ -169,8 +257,15 @@ def test_biomarkers_shows_a_finished_selection_and_writes_its_table_and_figures(
     assert found["selected"] == list(attempts[0].selection.selected)
     assert [a["masked"] for a in found["analyses"]] == [True]
     names = {Path(name).name for name in found["files"]}
-    assert names == {"selection.csv", "selection.json", "biomarkers.csv", "forest.svg", "correlations.svg"}
-    drawn = {name: (root / "runs" / "r" / "stages" / "survival" / name).read_text() for name in names}
+    assert names >= {"selection.csv", "selection.json", "biomarkers.csv", "model.csv", "codes.png", "forest.svg"}
+    assert names - {"calibration.svg", "risk_groups.svg"} >= {"correlations.svg", "model.svg"}
+    folder = root / "runs" / "r" / "stages" / "survival"
+    drawn = {name: (folder / name).read_text() for name in names if not name.endswith(".png")}
+    with Image.open(folder / "codes.png") as opened:
+        assert opened.width > 150 * len(selected)
+    page = write_html(open_store(root / "runs" / "r"), root / "report.html").read_text()
+    assert page.count("data:image/svg+xml;base64,") == sum(name.endswith(".svg") for name in names)
+    assert page.count("data:image/png;base64,") == 1
     assert f"code {found['selected'][0]} *" in drawn["forest.svg"]
     assert drawn["correlations.svg"].count("1.00") >= len(found["selected"]) > 1
     rows = list(csv.DictReader(drawn["biomarkers.csv"].splitlines()))
@@ -179,6 +274,8 @@ def test_biomarkers_shows_a_finished_selection_and_writes_its_table_and_figures(
     text = capsys.readouterr().out
     assert "permutation P   not computed" in text
     assert "sitea, siteb, sitec: masked, finished" in text
+    assert "proportional hazards p" in text
+    assert "risk groups     log-rank p" in text
 
 
 class Coordinator:

@@ -16,7 +16,9 @@ from fourdvq.models.vqgan import load_codebook, load_generator, tokenizer_sha256
 from fourdvq.survival.messages import HelloRequest
 from fourdvq.training.vqgan import initial_model, initial_weights
 from fourdvq.wire.messages import CoxFutureTask, EncodeTask, Receipt
+from fourdvq_client.future_codes import FutureBench
 from fourdvq_client.latent_cache import LatentCache
+from fourdvq_client.worker import Job
 from site_cases import Caller, codebook, codebook_fields, ode_weights, prepared_site, tiny_plan
 
 HELLO = HelloRequest(folds=0, codes=(1,), purpose="longitudinal", cohort="test", run="run-1")
@@ -101,7 +103,8 @@ def test_time_counts_from_the_third_scan_or_as_the_plan_says(encoded):
     "changes",
     [
         {"cohort": "train"},
-        {"feature": "change"},
+        {"feature": "change", "source": "carried"},
+        {"purpose": "selection", "feature": "change"},
         {"purpose": "selection", "source": "generated"},
         {"purpose": "selection", "source": "carried"},
     ],
@@ -117,3 +120,42 @@ def test_generated_codes_are_private_to_the_account(encoded):
     caller = encoded[0]
     path = caller.site.workspace.runs / "run-1" / "future_codes.json"
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_paired_table_holds_all_sources_side_by_side_for_the_same_patients(encoded):
+    caller, _, _, tokenizer = encoded
+    paired = third(caller, "paired", tokenizer, versions=3)
+    parts = [third(caller, source, tokenizer) for source in ("real", "generated", "carried")]
+    assert {part.ids for part in parts} == {paired.ids}
+    np.testing.assert_array_equal(paired.X, np.column_stack([part.X for part in parts]))
+
+
+def test_changes_are_follow_up_minus_second_scan_real_and_generated_and_time_counts_from_the_follow_up(encoded):
+    caller, model, ode, tokenizer = encoded
+    spec = dataclasses.replace(caller.plan.survival, followup_window_days=200)  # scans are 200 days apart
+    plan = dataclasses.replace(caller.plan, survival=spec)
+    hello = dataclasses.replace(HELLO, source="paired", feature="change", versions=2)
+    narrow = caller.site.cox.tables(hello, tokenizer, caller.plan)
+    assert narrow.ids == ()  # nobody has a scan within 90 days of a year after the second one
+    task = CoxFutureTask(tokenizer_sha256=tokenizer, weights=ode)
+    bench = FutureBench(caller.site.workspace, "cpu")
+    job = Job(task, caller.envelope(task), plan, 0)
+    bench.future_codes(job)
+    table = caller.site.cox.tables(dataclasses.replace(hello, run=job.envelope.run), tokenizer, plan)
+    cache = LatentCache(caller.site.workspace.latents / tokenizer)
+    patients = {p.pseudonym: p for p in held_out(caller)}
+    times = {row.pseudonym: row.time_days for row in clinical_of(caller.site.workspace.prep)}
+    network = LatentODE(caller.plan.temporal, caller.plan.model.code_dim)
+    network.load_state_dict(ode)
+    world = WorldModel(model, network.eval(), tokenizer)
+    assert table.ids
+    k = caller.plan.model.n_codes
+    for name, row, t in zip(table.ids, table.X, table.t, strict=True):
+        latents, scans = cache.need(patients[name]), patients[name].scans
+        second, later = (code_histogram(latents.indices[i], latents.lung, k).numpy() for i in (1, 2))
+        np.testing.assert_allclose(row[:k], later - second, atol=1e-15)
+        given = torch.stack([load_x01(scan, plan.window_hu) for scan in scans[:2]])
+        asked = [scan.years for scan in scans[1:3]]
+        made = generate(world, given, [scan.years for scan in scans[:2]], asked, lung=load_lung(scans[0]))
+        np.testing.assert_allclose(row[k:], (made.histograms[1] - made.histograms[0]).numpy(), atol=1e-12)
+        assert t == times[name] - (scans[2].days - scans[0].days)

@@ -1,7 +1,8 @@
-"""biomarkers: code frequencies of local patients."""
+"""biomarkers: code frequencies and risk of local patients."""
 
 from __future__ import annotations
 
+from math import exp
 from typing import Annotated
 
 import typer
@@ -15,7 +16,10 @@ def biomarkers(
     model: Annotated[str, typer.Option(help="Version of the model; without it the one that came last.")] = "",
     top: Annotated[int, typer.Option(help="How many codes to show.", min=1)] = 10,
 ) -> Result:
-    """Shares of the codes in each patient's lungs at the first scan, as a table that stays here."""
+    """Shares of the codes in each patient's lungs at the first scan, and the risk where a survival model was told here.
+
+    The table, and the picture of where the selected codes lie in a scan, stay here.
+    """
     from fourdvq_client.local_biomarkers import local_histograms
     from fourdvq_client.released import open_release
 
@@ -28,5 +32,13 @@ def biomarkers(
         "codes": int(found.shares.shape[1]),
         "top": [{"code": c, "mean_share": float(s), "carriers": n} for c, s, n in found.most_common(top)],
     }
-    table = console.table(("code", "mean share", "patients"), rows)
-    return Result(facts, (table, f"{len(found.pseudonyms)} patients, all shares in {found.file}"))
+    lines = [console.table(("code", "mean share", "patients"), rows)]
+    scored = [float(value) for value in found.risk if value == value]
+    facts |= {"selected": list(found.selected), "with_risk": len(scored), "picture": str(found.picture or "")}
+    if found.picture is not None:
+        middle = f", hazard against the training mean from x{exp(min(scored)):.2f} to x{exp(max(scored)):.2f}"
+        codes = ", ".join(map(str, found.selected))
+        lines.append(f"model of codes {codes}: risk of {len(scored)} patients{middle if scored else ''}")
+        lines.append(f"what the codes look like and where they lie: {found.picture}")
+    lines.append(f"{len(found.pseudonyms)} patients, all shares in {found.file}")
+    return Result(facts, tuple(lines))

@@ -116,6 +116,25 @@ class Exchange:
         return total
 
 
+@dataclass
+class Desk:
+    """Numbers the analyses of one part of a run from `first` on, and keeps what ended those that did not finish."""
+
+    exchange: Exchange
+    first: int
+    attempts: list[Analysis] = field(default_factory=list)
+    ended: list[dict[str, Any]] = field(default_factory=list)
+
+    def over(self, sites: list[str], purpose: str, run: CoxRun[Any]) -> Analysis | None:
+        """The finished analysis of these sites, or None with what ended it on record."""
+        analysis = Analysis(self.first + len(self.attempts), sites)
+        self.attempts.append(analysis)
+        if self.exchange.converse(analysis, run):
+            return analysis
+        self.ended.append({"purpose": purpose, "sites": sites, "ended_by": analysis.failed})
+        return None
+
+
 def _part(analysis: Analysis, body: Reply, kind: type[Sums]) -> Any:
     """One site's answer in the form in which parts are added. Raises WireError if it is not an answer to this step."""
     if analysis.masked:

@@ -15,16 +15,19 @@ from fourdvq.data.files import write_atomic
 from fourdvq.plan import Plan, SurvivalSpec
 from fourdvq.survival.disclosure import Policy
 from fourdvq.survival.messages import HelloRequest
+from fourdvq.survival.pictures import pictures_of
 from fourdvq.survival.run import Settings
 from fourdvq.survival.selection import Selection, SelectionRun
-from fourdvq_server.biomarker_files import write_biomarkers
+from fourdvq_server.biomarker_files import PICTURES, RECORD, write_biomarkers
+from fourdvq_server.prognosis_facts import known
 from fourdvq_server.stages.context import StageContext
 from fourdvq_server.stages.cox_exchange import Analysis, Exchange
 from fourdvq_server.stages.freeze import frozen_model
+from fourdvq_server.stages.prognosis import prognosis
 from fourdvq_server.store import StageStore, write_json
 
 NAME = "survival"
-TABLE, RECORD = "selection.csv", "selection.json"
+TABLE = "selection.csv"
 SHARED = (
     "one baseline hazard for all sites: sums over risk sets left the sites, times were rounded to a coarse public "
     "grid, and estimates differ from those with one baseline per site"
@@ -40,9 +43,15 @@ class Attempt(Analysis):
 
 def run(context: StageContext) -> dict[str, Any]:
     """The selection, or why there is none. Never fails a run: survival needs more patients than training does."""
-    stage = context.store.stage(NAME)
-    _, tokenizer = frozen_model(context)
-    return report(context, select(context, Exchange(context, stage, tokenizer)))
+    model, tokenizer = frozen_model(context)
+    exchange = Exchange(context, context.store.stage(NAME), tokenizer)
+    attempts = select(context, exchange)
+    done = attempts[-1].selection if attempts else None
+    codes = done.selected if done is not None else ()
+    sites = attempts[-1].sites if attempts else []
+    further = prognosis(exchange, hello_of(context, tokenizer, len(sites)), codes, sites)
+    pictures = pictures_of(model.build(context.plan), codes, context.plan.window_hu) if codes else b""
+    return report(context, attempts, further, pictures)
 
 
 def select(context: StageContext, exchange: Exchange) -> list[Attempt]:
@@ -68,16 +77,28 @@ def select(context: StageContext, exchange: Exchange) -> list[Attempt]:
     return attempts
 
 
-def report(context: StageContext, attempts: list[Attempt]) -> dict[str, Any]:
-    """The stage's facts, with its files written and MLflow told."""
+def report(
+    context: StageContext, attempts: list[Attempt], further: dict[str, Any] | None = None, pictures: bytes = b""
+) -> dict[str, Any]:
+    """The stage's facts, with its files written and MLflow told. `further`: of `prognosis`; `pictures`: a PNG."""
     stage = context.store.stage(NAME)
-    facts = _facts(context.plan, attempts)
-    for path in _write(stage, attempts, facts):
+    facts = {**_facts(context.plan, attempts), **(further or {})}
+    for path in _write(stage, attempts, facts, pictures):
         context.metrics.artifact(path, NAME)
     if facts["codes"]:
-        context.record(NAME, 1, {"": {"selected": float(len(facts["selected"])), "withheld": float(facts["withheld"])}})
+        context.record(NAME, 1, {"": _figures(facts)})
     stage.forget_replies()
     return facts
+
+
+def _figures(facts: dict[str, Any]) -> dict[str, float]:
+    """What MLflow shows."""
+    figures = {"selected": float(len(facts["selected"])), "withheld": float(facts["withheld"])}
+    groups, model = facts.get("risk_groups") or {}, facts.get("model") or {}
+    if groups.get("logrank_p") is not None:
+        figures["logrank_p"] = groups["logrank_p"]
+    tests = [row["ph_p"] for row in model.get("coefficients", ()) if row["ph_p"] is not None]
+    return figures | ({"smallest_ph_p": min(tests)} if tests else {})
 
 
 def hello_of(context: StageContext, tokenizer: str, sites: int) -> HelloRequest:
@@ -129,17 +150,12 @@ def biomarker_rows(selection: Selection) -> list[dict[str, Any]]:
                 "low": _geometric(part["hr_low"]),
                 "high": _geometric(part["hr_high"]),
                 "worst_p": float(part["p"].max()),
-                "concordance": _known(part["c"].mean()),
-                "worst_concordance": _known(part["c"].min()),
+                "concordance": known(part["c"].mean()),
+                "worst_concordance": known(part["c"].min()),
                 "selected": code in selection.selected,
             }
         )
     return sorted(rows, key=lambda row: (not row["selected"], -(row["concordance"] or -1.0)))
-
-
-def _known(value: float) -> float | None:
-    """The number, or None where there is none: no fold has a comparable pair."""
-    return float(value) if math.isfinite(value) else None
 
 
 def _geometric(values: Any) -> float:
@@ -166,7 +182,7 @@ def _why(plan: Plan, attempts: list[Attempt], rows: list[dict[str, Any]]) -> str
     )
 
 
-def _write(stage: StageStore, attempts: list[Attempt], facts: dict[str, Any]) -> list[Path]:
+def _write(stage: StageStore, attempts: list[Attempt], facts: dict[str, Any], pictures: bytes) -> list[Path]:
     """selection.csv (a row per code and fold), selection.json, and what `biomarker_files` makes of them."""
     stage.folder.mkdir(parents=True, exist_ok=True)
     done = attempts[-1].selection if attempts else None
@@ -176,4 +192,7 @@ def _write(stage: StageStore, attempts: list[Attempt], facts: dict[str, Any]) ->
         files.append(stage.folder / TABLE)
         facts = {**facts, **done.record()}
     write_json(stage.folder / RECORD, facts)
+    if pictures:
+        write_atomic(stage.folder / PICTURES, pictures)
+        files.append(stage.folder / PICTURES)
     return [*files, stage.folder / RECORD, *write_biomarkers(stage.folder, facts)]
