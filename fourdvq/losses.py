@@ -63,14 +63,13 @@ def feature_matching(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
     return torch.stack([F.l1_loss(f.float(), r.detach().float()) for r, f in zip(real, fake, strict=True)]).sum()
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+def adaptive_weight(reconstruction: Tensor, recon: Tensor, pull: Tensor, last_layer: Tensor) -> Tensor:
     """|grad reconstruction| / |grad adversarial| at the decoder's last weights: balances the two losses. No gradient.
 
-    Source: Esser et al. 2021, taming transformers, equation 7. Both losses must still hold their graph.
+    `pull` is the gradient of the adversarial loss with respect to `recon`. Source: Esser et al. 2021, taming
+    transformers, equation 7. Both `reconstruction` and `recon` must still hold their graph.
     """
-    wanted, got = (
-        torch.linalg.vector_norm(torch.autograd.grad(loss, last_layer, retain_graph=True)[0])
-        for loss in (reconstruction, adversarial)
-    )
-    ratio: Tensor = wanted / (got + ADAPTIVE_EPS)
+    wanted = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0]
+    got = torch.autograd.grad(recon, last_layer, pull, retain_graph=True)[0]
+    ratio: Tensor = torch.linalg.vector_norm(wanted) / (torch.linalg.vector_norm(got) + ADAPTIVE_EPS)
     return ratio.clamp(0.0, ADAPTIVE_MAX).detach()

@@ -66,6 +66,7 @@ class VqganTraining:
     perceptual_weight: float = 4.0  # lambda_perc
     perceptual_sha256: str = ""  # of the weight file that every site must hold
     precision: Literal["fp32", "bf16"] = "bf16"
+    crop: tuple[int, int, int] | None = None  # D H W of a random part of each scan to train on; none: the whole scan
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class TemporalSpec:
     atol: float = 1e-4  # code
     mask_prob: float = 0.0  # probability that an observed input is hidden in training
     time_gap_channel: bool = False
+    velocity_input: bool = False  # the encoder also sees how fast the codes changed until the scan after
+    lung_context: bool = False  # every voxel's first state also knows the lung's mean state and mean rate of change
     initial_state: Literal["deterministic", "variational"] = "deterministic"  # paper: deterministic
 
 
@@ -189,6 +192,10 @@ class EvaluationSpec:
     times_per_patient: int = 1  # target scans after the given ones
     horizon_bins_years: tuple[float, ...] = (0.5, 1.0, 2.0)
     modes: tuple[Literal["extrapolation", "interpolation"], ...] = ("extrapolation", "interpolation")
+    conformal: bool = False  # count the errors of calibration patients, for bands around predicted numbers
+    conformal_largest: float = 0.5  # upper end of the public bins of an error
+    conformal_bins: int = 500
+    conformal_coverages: tuple[float, ...] = (0.8, 0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -216,6 +223,11 @@ class Plan:
     splits: SplitSpec = field(default_factory=SplitSpec)
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     privacy: PrivacySpec = field(default_factory=PrivacySpec)
+
+    def __post_init__(self) -> None:
+        crop, model = self.vqgan.crop, self.model
+        if crop and any(not 0 < c <= s or c % model.compression for c, s in zip(crop, model.size, strict=True)):
+            raise ValueError(f"crop {crop} is not inside {model.size} or not divisible by {model.compression}")
 
     @property
     def hash(self) -> str:

@@ -12,6 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fourdvq.models.norm_silu import group_norm_silu
 
 Norm = Literal["group", "batch"]
 Padding = Literal["zeros", "replicate"]
@@ -31,17 +34,16 @@ def norm3d(kind: Norm, channels: int) -> nn.Module:
     return nn.GroupNorm(groups, channels, eps=GROUP_EPS)
 
 
-def normalise(norm: nn.Module, x: Tensor) -> Tensor:
-    """Apply `norm` to (B, C, D, H, W) without leaving a 16-bit dtype.
+def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
+    """SiLU(norm(x)) of (B, C, D, H, W), without leaving a 16-bit dtype for GroupNorm.
 
     Autocast runs GroupNorm in float32 and so doubles what is kept for the backward pass; the kernel itself reads and
     writes 16 bits and takes its statistics in float32, which is all that is needed.
     """
-    if x.dtype is torch.float32 or not isinstance(norm, nn.GroupNorm):
-        plain: Tensor = norm(x)
-        return plain
+    if not isinstance(norm, nn.GroupNorm):
+        return F.silu(norm(x))
     with torch.autocast(x.device.type, enabled=False):
-        return F.group_norm(x, norm.num_groups, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+        return group_norm_silu(x, norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps)
 
 
 class Conv3dSame(nn.Module):
@@ -93,11 +95,19 @@ class ResBlock3d(nn.Module):
         self.conv1 = Conv3dSame(channels, channels, padding=padding)
         self.norm2 = norm3d(norm, channels)
         self.conv2 = Conv3dSame(channels, channels, padding=padding)
+        self.recompute = False  # keep the input alone and compute the rest again for the gradient
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, D, H, W) -> the same shape."""
-        h = self.conv1(F.silu(normalise(self.norm1, x)))
-        change: Tensor = self.conv2(F.silu(normalise(self.norm2, h)))
+        if self.recompute and torch.is_grad_enabled():
+            # No layer here draws random numbers, so there is no state of a generator to put back.
+            again: Tensor = checkpoint(self._block, x, use_reentrant=False, preserve_rng_state=False)
+            return again
+        return self._block(x)
+
+    def _block(self, x: Tensor) -> Tensor:
+        h = self.conv1(norm_silu(self.norm1, x))
+        change: Tensor = self.conv2(norm_silu(self.norm2, h))
         return x + change
 
 
@@ -110,7 +120,7 @@ class NormSiLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, D, H, W) -> the same shape."""
-        return F.silu(normalise(self.norm, x))
+        return norm_silu(self.norm, x)
 
 
 def voxel_shuffle(x: Tensor, factor: int = 2) -> Tensor:

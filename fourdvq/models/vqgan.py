@@ -102,7 +102,8 @@ def generator_weights(model: VQGAN3d) -> dict[str, Tensor]:
 
     A codebook learnt by gradient (quantiser "loss") is averaged like any weight and therefore included.
     """
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in _shared(model).items()}
+    plain = torch.contiguous_format  # whatever layout this machine computes in
+    return {n: t.detach().to("cpu", copy=True, memory_format=plain) for n, t in _shared(model).items()}
 
 
 def load_generator(model: VQGAN3d, weights: Mapping[str, Tensor]) -> None:

@@ -18,16 +18,24 @@ from fourdvq.training.seeds import seeded
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the discriminators say of one micro-batch."""
+    """What the discriminators say of one micro-batch, real and reconstructed seen once each.
+
+    All losses hang on one graph that begins at `seen`, a copy of the reconstruction without its history: the
+    generator takes the gradient with respect to it, the discriminators that of `own`.
+    """
 
     adversarial: Tensor  # scalar: what the generator wants small, D2 and D3 together
     matching: Tensor  # scalar: feature distance between real and reconstructed
-    real_logits: tuple[Tensor, Tensor]  # of D2 and D3, with the graph for the discriminators' own step
-    rows: Tensor  # (B,) the axial slices that D2 saw
+    own: Tensor  # scalar: what the discriminators want small
+    seen: Tensor  # as the reconstruction
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        """d loss / d reconstruction of a loss made of `adversarial` and `matching`; no parameter gets a gradient."""
+        return torch.autograd.grad(loss, self.seen, retain_graph=True)[0]
 
 
 class Adversary(nn.Module):
-    """D2 and D3. Their gradients are accumulated by `learn` and applied by the trainer's optimiser."""
+    """D2 and D3. Their gradients come from `Judgement.own` and are applied by the trainer's optimiser."""
 
     def __init__(self, spec: GanSpec, *, seed: int):
         super().__init__()
@@ -37,28 +45,17 @@ class Adversary(nn.Module):
             self.solid = build_discriminator(3, width=spec.width, layers=spec.layers)
 
     def judge(self, scan: Tensor, recon: Tensor, rows: Tensor) -> Judgement:
-        """Losses of the generator for scan and recon (B, 1, D, H, W); their gradient reaches `recon` only."""
-        adversarial, matching, real_logits = [], [], []
-        for net, real, fake in self._views(scan, recon, rows):
+        """Both sides' losses for scan and recon (B, 1, D, H, W); `rows` (B,) are the axial slices for D2."""
+        seen = recon.detach().requires_grad_()
+        adversarial, matching, own = [], [], []
+        for net, real, fake in self._views(scan, seen, rows):
             real_features, real_logit = features_and_logits(net(real))
-            net.requires_grad_(False)
             fake_features, fake_logit = features_and_logits(net(fake))
-            net.requires_grad_(True)
             adversarial.append(self.loss.generator(fake_logit))
             matching.append(feature_matching(real_features, fake_features))
-            real_logits.append(real_logit)
-        return Judgement(
-            torch.stack(adversarial).sum(), torch.stack(matching).sum(), (real_logits[0], real_logits[1]), rows
-        )
-
-    def own_loss(self, scan: Tensor, recon: Tensor, judgement: Judgement) -> Tensor:
-        """What the discriminators minimise, for the same micro-batch; `recon` is detached here."""
-        views = self._views(scan, recon.detach(), judgement.rows)
-        losses = [
-            self.loss.discriminator(real, features_and_logits(net(fake))[1])
-            for (net, _, fake), real in zip(views, judgement.real_logits, strict=True)
-        ]
-        return torch.stack(losses).sum()
+            own.append(self.loss.discriminator(real_logit, fake_logit))
+        sums = [torch.stack(losses).sum() for losses in (adversarial, matching, own)]
+        return Judgement(adversarial=sums[0], matching=sums[1], own=sums[2], seen=seen)
 
     def _views(self, scan: Tensor, recon: Tensor, rows: Tensor) -> list[tuple[nn.Module, Tensor, Tensor]]:
         return [

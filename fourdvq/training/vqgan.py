@@ -1,30 +1,27 @@
 """Stage 1 at one site: a plain loop over scans. Source: paper section 2.1 and appendix A.1.
 
-One generator forward per micro-batch (one scan); `accumulate` micro-batches per optimiser step; then the generator's
-step and, from `gan.start_step` on, the discriminators' step on the detached output of the same forward. Steps are
-counted over the whole experiment: `global_step` is what the round starts with, at every site alike.
+`accumulate` scans per optimiser step, whose gradients `fourdvq.training.vqgan_step` adds up; then the generator's step
+and, from `gan.start_step` on, the discriminators'. Steps are counted over the whole experiment: `global_step` is what
+the round starts with, at every site alike. A step is drawn first and then worked on, so that a step which is cut
+smaller, spread over devices or left out takes nothing from the random streams that another run would not take.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from fourdvq.errors import CohortError, ModelError
-from fourdvq.federation.codebook import CodebookState, CodebookStats, RunningStats, merge_codebooks
-from fourdvq.losses import adaptive_weight, l1_loss
-from fourdvq.models.codebook import assignment_sums
-from fourdvq.models.discriminators import axial_slices
+from fourdvq.federation.codebook import CodebookState, CodebookStats, merge_codebooks
 from fourdvq.models.vqgan import (
     VQGAN3d,
-    VQOutput,
     codebook_state,
     generator_weights,
     load_codebook,
@@ -33,15 +30,25 @@ from fourdvq.models.vqgan import (
 )
 from fourdvq.perceptual import load_perceptual
 from fourdvq.plan import Plan
-from fourdvq.training.adversary import Adversary, Judgement
+from fourdvq.training.acceleration import adam, forward_of, in_layout, memory_format
+from fourdvq.training.adversary import Adversary
 from fourdvq.training.checkpoint import TrainState
+from fourdvq.training.distributed import ALONE, Ranks, check_divisible
+from fourdvq.training.hardware import DEFAULT, Hardware
+from fourdvq.training.memory import Fit, free_device_memory, is_out_of_memory, set_recompute
 from fourdvq.training.optimiser_state import pack_adam, unpack_adam
 from fourdvq.training.precision import autocast
+from fourdvq.training.round_sums import RoundSums
 from fourdvq.training.sampling import EpochSampler, ScanSource
 from fourdvq.training.seeds import generator, seeded
 from fourdvq.training.update import delta
+from fourdvq.training.vqgan_step import Draw, Part, StepGradients, loss_names, part_of
 
+_log = logging.getLogger(__name__)
+
+SKIPS_IN_A_ROW = 3  # so many steps without a finite loss end the round
 DISCRIMINATOR_PREFIX = "discriminators."
+_TROUBLE = ("", "E_NONFINITE", "OUT_OF_MEMORY")  # of an attempt at a step, from none to the worst
 OnStep = Callable[[int, Mapping[str, float]], None]
 
 
@@ -53,7 +60,9 @@ class VqganRound:
     stats: CodebookStats
     scans_used: int  # different scans
     patients_used: int  # different patients
-    losses: dict[str, float]  # means over the round's micro-batches
+    code_patients: Tensor  # (K,) int64: different patients with at least one vector at each code
+    losses: dict[str, float]  # means over the round's scans
+    notes: tuple[str, ...] = ()  # codes of what a person at the site should know: W_MEMORY, W_SKIPPED
 
 
 class VqganTrainer:
@@ -61,8 +70,9 @@ class VqganTrainer:
 
     `seed` is the site's own (scan order, slices, discriminators); the generator starts from `plan.seed`. A federated
     site keeps its codes fixed during a round, or lets them drift where `federation.codebook_sync` says `local_ema`;
-    `single_site` seeds and moves them by itself after every micro-batch. Raises ModelError E_WEIGHTS without the
-    perceptual file that the plan asks for.
+    `single_site` seeds and moves them by itself after every scan. `hardware` and `ranks` say how this machine works and
+    change nothing else. Raises ModelError E_WEIGHTS without the perceptual file that the plan asks for, and ConfigError
+    E_UNSUPPORTED for a plan that several devices cannot share.
     """
 
     def __init__(
@@ -73,14 +83,20 @@ class VqganTrainer:
         seed: int,
         single_site: bool = False,
         perceptual_file: Path | None = None,
+        hardware: Hardware = DEFAULT,
+        ranks: Ranks = ALONE,
     ):
+        self.drifting = plan.model.quantiser == "ema" and (single_site or plan.federation.codebook_sync == "local_ema")
+        check_divisible(plan, ranks, drifting=self.drifting)
         self.plan = plan
         self.device = torch.device(device)
         self.seed = seed
         self.single_site = single_site
         self.global_step = 0
-        self.model = initial_model(plan).to(self.device)
-        self.optimiser = self._adam(self.model)
+        self.ranks = ranks
+        self.layout = memory_format(hardware, self.device)
+        self.model = in_layout(initial_model(plan).to(self.device), self.layout)
+        self.optimiser = adam(self.model, plan.vqgan, self.device)
         self.adversary: Adversary | None = None
         self.adversary_optimiser: torch.optim.Adam | None = None
         if _shares_discriminators(plan):
@@ -88,6 +104,9 @@ class VqganTrainer:
         self.perceptual: nn.Module | None = None
         if plan.vqgan.perceptual != "none":
             self.perceptual = load_perceptual(perceptual_file, plan.vqgan.perceptual_sha256).to(self.device)
+        forward = forward_of(self.model, hardware, self.device)
+        self.step = StepGradients(plan, self.model, forward, self.perceptual, self.device, self.layout)
+        self._cut(Fit(hardware.micro_batch if self._separable() else 1, hardware.memory == "low"))
         self.random = generator(seed, "training")
         self.sampler = EpochSampler(generator(seed, "sampler"))
 
@@ -116,33 +135,31 @@ class VqganTrainer:
     ) -> VqganRound:
         """One round of `steps` optimiser steps, counted from `global_step`.
 
-        `decay_per_round` is D of the codebook sums. `on_step` gets the global step and the step's mean losses.
-        Raises CohortError E_FEW without scans, and ModelError E_NONFINITE when a loss or gradient is not finite: the
-        step is not taken, so weights and optimisers are those of the last good step.
+        `decay_per_round` is D of the codebook sums. `on_step` gets the global step and the step's mean losses. A step
+        whose loss or gradient is not finite is left out; weights and optimisers stay those of the last good step.
+        Raises CohortError E_FEW without scans, ModelError E_NONFINITE after three such steps in a row or where none
+        was good, and ModelError OUT_OF_MEMORY where the smallest cut of a step does not fit either.
         """
         if not len(scans):
             raise CohortError("E_FEW", where="training scans", found="none", wanted="at least one")
         self._need_seeded_codebook()
         before = self.weights()
         anchors = [p.detach().clone() for p in self.model.parameters()] if self.plan.federation.proximal_mu else []
-        micro_batches = steps * self.plan.vqgan.accumulate
-        spec = self.plan.model
-        running = RunningStats(
-            spec.n_codes, spec.code_dim, decay_per_round=decay_per_round, micro_batches=micro_batches
-        )
-        used: set[int] = set()
-        totals: dict[str, float] = defaultdict(float)
+        sums = RoundSums(self.plan, scans, decay_per_round=decay_per_round, steps=steps)
         self.model.train()
+        cut = self.fit
         for step in range(global_step, global_step + steps):
-            losses = self._optimiser_step(scans, step, running, used, anchors)
+            losses = self._optimiser_step(scans, step, sums, anchors)
             self.global_step = step + 1
-            for name, value in losses.items():
-                totals[name] += value / steps
-            if on_step:
+            if losses is None and sums.skipped_in_a_row >= SKIPS_IN_A_ROW:
+                _not_finite(f"steps {step + 1 - SKIPS_IN_A_ROW} to {step}")
+            if losses is not None and on_step:
                 on_step(step, losses)
         self.model.eval()
-        patients = {scans.patient_of(index) for index in used}
-        return VqganRound(delta(before, self.weights()), running.result(), len(used), len(patients), dict(totals))
+        if sums.skipped == steps:
+            _not_finite("every step of the round")
+        notes = ("W_MEMORY",) * (self.fit != cut) + ("W_SKIPPED",) * (sums.skipped > 0)
+        return VqganRound(delta(before, self.weights()), *sums.result(), notes)
 
     def state(self) -> TrainState:
         """All that training depends on: restoring it and training on gives the same bits on a CPU."""
@@ -184,97 +201,120 @@ class VqganTrainer:
         self.global_step = state.meta["global_step"]
 
     def _optimiser_step(
-        self, scans: ScanSource, step: int, running: RunningStats, used: set[int], anchors: list[Tensor]
-    ) -> dict[str, float]:
-        adversary = self.adversary
-        if self.plan.gan.loss != "none" and step >= self.plan.gan.start_step:
-            adversary, _ = self._wake_adversary()
-        else:
-            adversary = None
-        # Batch statistics move in the forward pass, before anyone knows whether the loss is finite.
-        statistics = {n: b.clone() for n, b in self.model.named_buffers() if "running_" in n}
-        accumulate = self.plan.vqgan.accumulate
-        totals: dict[str, float] = defaultdict(float)
+        self, scans: ScanSource, step: int, sums: RoundSums, anchors: Sequence[Tensor]
+    ) -> dict[str, float] | None:
+        """The step's mean losses, or None where it was left out. All processes of a site decide alike."""
+        judged = self.plan.gan.loss != "none" and step >= self.plan.gan.start_step
+        adversary = self._wake_adversary()[0] if judged else None
+        draws = self._draws(scans, step)
+        # What a forward pass moves before anyone knows whether the loss is finite: batch statistics, drifting codes.
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        while True:
+            parts, trouble = self._attempt(scans, self.ranks.share(draws), adversary, sums)
+            level = self.ranks.worst(_TROUBLE.index(trouble), self.device)
+            if level == 0:
+                all_parts = self._gathered(parts, draws, judged=judged)
+                if self._apply_gradients(adversary, anchors):
+                    return sums.add(draws, all_parts)
+                level = _TROUBLE.index("E_NONFINITE")
+            self._forget(buffers)
+            if _TROUBLE[level] == "E_NONFINITE":
+                sums.skip()
+                return None
+            self._cut_smaller()
+
+    def _draws(self, scans: ScanSource, step: int) -> list[Draw]:
+        """The scans of a step: a scan's crop depends on seed and step alone, the rest on the random streams."""
+        draws = []
+        size, crop = self.plan.model.size, self.plan.vqgan.crop
+        for k in range(self.plan.vqgan.accumulate):
+            index = self.sampler.next(len(scans))
+            if crop is None:
+                corner, depth = (0, 0, 0), size[0]
+            else:
+                place = generator(self.seed, "crop", step, k)
+                z, y, x = (int(torch.randint(s - c + 1, (), generator=place)) for s, c in zip(size, crop, strict=True))
+                corner, depth = (z, y, x), crop[0]
+            if k == 0:
+                self._seed_codebook_once(scans, Draw(index, corner, 0))
+            draws.append(Draw(index, corner, int(torch.randint(depth, (1,), generator=self.random))))
+        return draws
+
+    def _attempt(
+        self, scans: ScanSource, draws: Sequence[Draw], adversary: Adversary | None, sums: RoundSums
+    ) -> tuple[list[Part], str]:
+        """Gradients of this process's scans, and what went wrong: "", E_NONFINITE or OUT_OF_MEMORY."""
         self._zero_gradients()
+        on_group = (lambda parts: self._drift(parts, sums.decay)) if self.drifting else _nothing
         try:
-            for _ in range(accumulate):
-                index = self.sampler.next(len(scans))
-                losses = self._micro_batch(scans[index], adversary, running)
-                used.add(index)
-                for name, value in losses.items():
-                    totals[name] += value / accumulate
-            self._apply_gradients(adversary, anchors)
-        except ModelError:
-            self._zero_gradients()
-            load_strict({n: self.model.get_buffer(n) for n in statistics}, statistics, what="batch statistics")
-            raise
-        return dict(totals)
+            return self.step.accumulate(scans, draws, adversary, at_once=self.fit.at_once, on_group=on_group), ""
+        except ModelError as error:
+            if error.code != "E_NONFINITE":
+                raise
+            _log.warning("%s", error)
+            return [], error.code
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return [], "OUT_OF_MEMORY"
 
-    def _micro_batch(self, x01: Tensor, adversary: Adversary | None, running: RunningStats) -> dict[str, float]:
-        scan = x01.to(self.device).unsqueeze(0) - 0.5
-        self._seed_codebook_once(scan)
-        rows = torch.randint(scan.shape[2], (len(scan),), generator=self.random)
-        training, gan = self.plan.vqgan, self.plan.gan
-        with autocast(self.device, training.precision):
-            out = self.model(scan)
-        parts = {"loss_rec": l1_loss(out.recon, scan), "loss_commit": out.commitment}
-        total = training.l1_weight * parts["loss_rec"] + training.commitment * out.commitment + out.codebook_loss
-        if self.plan.model.quantiser == "loss":
-            parts["loss_codebook"] = out.codebook_loss
-        if self.perceptual is not None:
-            with autocast(self.device, training.precision):
-                parts["loss_perceptual"] = self.perceptual(axial_slices(out.recon, rows), axial_slices(scan, rows))
-            total = total + training.perceptual_weight * parts["loss_perceptual"]
-        judgement: Judgement | None = None
-        if adversary is not None:
-            with autocast(self.device, training.precision):
-                judgement = adversary.judge(scan, out.recon, rows)
-            weight = gan.weight * self._balance(total, judgement.adversarial)
-            parts |= {"loss_adversarial": judgement.adversarial, "loss_matching": judgement.matching}
-            total = total + weight * judgement.adversarial + gan.feature_matching * judgement.matching
-        values = _finite_values({**parts, "loss_total": total})
-        torch.autograd.backward(total / training.accumulate)
-        if adversary is not None and judgement is not None:
-            with autocast(self.device, training.precision):
-                own = adversary.own_loss(scan, out.recon, judgement)
-            values |= _finite_values({"loss_discriminator": own})
-            torch.autograd.backward(own / training.accumulate)
-        self._collect(out, running)
-        return values
+    def _gathered(self, parts: Sequence[Part], draws: Sequence[Draw], *, judged: bool) -> list[Part]:
+        """The parts of all of the step's scans, from all processes, in the order of the draws."""
+        if self.ranks.world == 1:
+            return list(parts)
+        spec, names = self.plan.model, loss_names(self.plan, judged=judged)
+        width = spec.n_codes * (1 + spec.code_dim) + len(names)
+        rows = torch.stack([p.row() for p in parts]) if parts else torch.zeros(0, width, dtype=torch.float64)
+        gathered = self.ranks.gather(rows.to(self.device), len(draws))
+        return [part_of(row, spec.n_codes, spec.code_dim, names) for row in gathered]
 
-    def _balance(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor | float:
-        if not self.plan.gan.adaptive_weight:
-            return 1.0
-        return adaptive_weight(reconstruction, adversarial, self.model.decoder.last.conv.weight)
-
-    def _collect(self, out: VQOutput, running: RunningStats) -> None:
-        """Add this micro-batch to the round's sums and, where this trainer owns the codes, move them."""
-        spec = self.plan.model
-        vectors = out.z.detach().float().movedim(1, -1).reshape(-1, spec.code_dim)
-        counts, sums = assignment_sums(vectors, out.indices.flatten(), spec.n_codes)
-        running.add(counts, sums)
-        drifting = self.single_site or self.plan.federation.codebook_sync == "local_ema"
-        if spec.quantiser == "ema" and drifting:
-            # The rate is per optimiser step; a federated site follows the round's.
-            decay = spec.ema_decay ** (1.0 / self.plan.vqgan.accumulate) if self.single_site else running.decay
-            stats = CodebookStats(counts.cpu(), sums.cpu())
-            load_codebook(self.model, merge_codebooks(codebook_state(self.model), [stats], decay=decay))
-
-    def _apply_gradients(self, adversary: Adversary | None, anchors: list[Tensor]) -> None:
-        mu = self.plan.federation.proximal_mu
+    def _apply_gradients(self, adversary: Adversary | None, anchors: Sequence[Tensor]) -> bool:
+        """Take the optimisers' step unless a gradient is not finite; returns whether it was taken."""
+        mu, clip = self.plan.federation.proximal_mu, self.plan.vqgan.clip
+        networks: list[nn.Module] = [self.model] if adversary is None else [self.model, adversary]
+        for network in networks:
+            self.ranks.add_gradients(network.parameters())
         for parameter, anchor in zip(self.model.parameters(), anchors, strict=False):
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - anchor, alpha=mu)  # of mu/2 |w - w_global|^2, FedProx
-        clip = self.plan.vqgan.clip
-        norms = [nn.utils.clip_grad_norm_(self.model.parameters(), clip)]
-        if adversary is not None:
-            norms.append(nn.utils.clip_grad_norm_(adversary.parameters(), clip))
-        for norm in norms:
-            if not math.isfinite(float(norm)):
-                raise ModelError("E_NONFINITE", where="gradient norm", found=str(float(norm)), wanted="a finite norm")
+        norms = [float(nn.utils.clip_grad_norm_(network.parameters(), clip)) for network in networks]
+        if not all(map(math.isfinite, norms)):
+            _log.warning("gradient norms %s are not finite", norms)
+            return False
         self.optimiser.step()
         if adversary is not None and self.adversary_optimiser is not None:
             self.adversary_optimiser.step()
+        return True
+
+    def _drift(self, parts: Sequence[Part], decay: float) -> None:
+        """Move this trainer's own codes by the scans just seen; a federated site follows the round's decay."""
+        if self.single_site:  # whose rate is per optimiser step
+            decay = self.plan.model.ema_decay ** (1.0 / self.plan.vqgan.accumulate)
+        stats = [CodebookStats(part.counts.cpu(), part.sums.cpu()) for part in parts]
+        load_codebook(self.model, merge_codebooks(codebook_state(self.model), stats, decay=decay))
+
+    def _forget(self, buffers: Mapping[str, Tensor]) -> None:
+        """Undo an attempt: no gradients, and the buffers of before."""
+        self._zero_gradients()
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(buffers[name])
+
+    def _cut(self, fit: Fit) -> None:
+        self.fit = fit
+        set_recompute(self.model, fit.recompute)
+
+    def _cut_smaller(self) -> None:
+        smaller = self.fit.smaller()
+        if smaller is None:
+            found = f"{self.fit.at_once} scan in a forward pass, blocks computed again"
+            raise ModelError("OUT_OF_MEMORY", where="optimiser step", found=found)
+        _log.warning("memory ran out with %s; the step is taken again with %s", self.fit, smaller)
+        free_device_memory(self.device)
+        self._cut(smaller)
+
+    def _separable(self) -> bool:
+        """Whether scans may go through together: not where a forward pass or a weight depends on the whole group."""
+        return self.plan.model.norm == "group" and not self.drifting and not self.plan.gan.adaptive_weight
 
     def _zero_gradients(self) -> None:
         self.optimiser.zero_grad(set_to_none=True)
@@ -290,11 +330,11 @@ class VqganTrainer:
                 wanted="the global codebook: a site that seeded its own would give code k a meaning of its own",
             )
 
-    def _seed_codebook_once(self, scan: Tensor) -> None:
+    def _seed_codebook_once(self, scans: ScanSource, draw: Draw) -> None:
         if bool(self.model.codebook.is_seeded):
             return
         with torch.no_grad(), autocast(self.device, self.plan.vqgan.precision):
-            z = self.model.encode(scan)
+            z = self.model.encode(self.step.volumes(scans, [draw]))
         self.model.codebook.seed_from(z.movedim(1, -1).reshape(-1, z.shape[1]), self.random)
 
     def _wake_adversary(self) -> tuple[Adversary, torch.optim.Adam]:
@@ -302,15 +342,11 @@ class VqganTrainer:
         if self.adversary is None or self.adversary_optimiser is None:
             seed = self.plan.seed if _shares_discriminators(self.plan) else self.seed
             self.adversary = Adversary(self.plan.gan, seed=seed).to(self.device)
-            self.adversary_optimiser = self._adam(self.adversary)
+            self.adversary_optimiser = adam(self.adversary, self.plan.vqgan, self.device)
         return self.adversary, self.adversary_optimiser
 
     def _shared_adversary(self) -> Adversary | None:
         return self.adversary if _shares_discriminators(self.plan) else None
-
-    def _adam(self, network: nn.Module) -> torch.optim.Adam:
-        training = self.plan.vqgan
-        return torch.optim.Adam(network.parameters(), lr=training.lr, betas=training.betas)
 
 
 def initial_model(plan: Plan) -> VQGAN3d:
@@ -340,11 +376,9 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _finite_values(losses: Mapping[str, Tensor]) -> dict[str, float]:
-    """The losses as floats, moved off the device at once; ModelError E_NONFINITE for the first that is not finite."""
-    numbers = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()
-    values = dict(zip(losses, numbers, strict=True))
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise ModelError("E_NONFINITE", where=name, found=str(value), wanted="a finite loss")
-    return values
+def _nothing(_parts: Sequence[Part]) -> None:
+    """Codes stay where they are during the round."""
+
+
+def _not_finite(where: str) -> NoReturn:
+    raise ModelError("E_NONFINITE", where=where, found="losses or gradients that are not finite", wanted="finite ones")

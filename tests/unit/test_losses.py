@@ -52,7 +52,9 @@ def test_feature_maps_of_different_number_are_refused():
 
 def test_adaptive_weight_is_the_ratio_of_gradient_norms():
     weight = torch.tensor([1.0, 2.0], requires_grad=True)
-    assert float(adaptive_weight((3 * weight).sum(), weight.sum(), weight)) == pytest.approx(3.0, rel=1e-3)
+    recon = 2 * weight
+    pull = torch.tensor([0.5, 0.5])  # of the loss recon.sum() / 2
+    assert float(adaptive_weight((3 * weight).sum(), recon, pull, weight)) == pytest.approx(3.0, rel=1e-3)
 
 
 def test_l1_is_the_mean_absolute_difference_in_float32():

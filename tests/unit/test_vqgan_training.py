@@ -107,22 +107,64 @@ class OneBroken(Scans):
         return volume * math.nan if index == len(self) - 1 else volume
 
 
+class AllBroken(Scans):
+    """Nothing but NaN."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return super().__getitem__(index) * math.nan
+
+
 @pytest.mark.parametrize("norm", ["group", "batch"])
-def test_a_loss_that_is_not_finite_stops_the_round_and_keeps_the_last_good_step(norm):
+def test_a_step_whose_loss_is_not_finite_is_left_out_as_if_it_had_not_been(norm):
     plan = tiny_plan(model={"norm": norm})
-    trainer, scans, good = ready_trainer(plan, Scans(4)), OneBroken(4), []
+    trainer, states = ready_trainer(plan, Scans(4)), {}
 
-    def remember(step: int, losses: object) -> None:
-        good.append((trainer.weights(), trainer.state().tensors))
+    def remember(step: int, _losses: object) -> None:
+        states[step] = trainer.state().tensors
 
-    with pytest.raises(ModelError, match="E_NONFINITE"):
-        trainer.train(scans, steps=8, global_step=0, decay_per_round=DECAY, on_step=remember)
-    weights, state = good[-1] if good else (initial_weights(plan), None)
-    assert all(torch.equal(t, weights[n]) for n, t in trainer.weights().items())
-    if state:
-        now = trainer.state().tensors
-        assert all(torch.equal(t, now[n]) for n, t in state.items() if n.startswith("adam."))
-    trainer.train(Scans(4), steps=1, global_step=8, decay_per_round=DECAY)
+    reply = trainer.train(OneBroken(4), steps=4, global_step=0, decay_per_round=DECAY, on_step=remember)
+    assert len(states) == 3
+    assert (reply.scans_used, reply.notes) == (3, ("W_SKIPPED",))
+    assert all(math.isfinite(v) for v in reply.losses.values())
+    # What follows the step that was left out starts from what was before it.
+    whole = ready_trainer(plan, Scans(4))
+    whole.sampler.order = torch.tensor([i for i in order_of(trainer) if i != 3])
+    whole.train(Scans(3), steps=3, global_step=0, decay_per_round=DECAY)
+    learnt = {n: t for n, t in whole.state().tensors.items() if n.startswith(("model.", "adam."))}
+    now = trainer.state().tensors
+    assert all(torch.equal(t, now[n]) for n, t in learnt.items())
+
+
+def order_of(trainer: VqganTrainer) -> list[int]:
+    """The scans of the trainer's epoch, in the order drawn."""
+    return [int(i) for i in trainer.sampler.order]
+
+
+def test_three_broken_steps_in_a_row_end_the_round_with_a_code_and_the_last_good_weights():
+    plan, seen = tiny_plan(), []
+    trainer = ready_trainer(plan, Scans(4))
+    trainer.train(Scans(4), steps=2, global_step=0, decay_per_round=DECAY)
+    good = trainer.state().tensors
+    with pytest.raises(ModelError, match=r"E_NONFINITE.*steps 2 to 4"):
+        trainer.train(
+            AllBroken(4), steps=8, global_step=2, decay_per_round=DECAY, on_step=lambda step, _: seen.append(step)
+        )
+    assert not seen
+    now = trainer.state().tensors
+    assert all(torch.equal(t, now[n]) for n, t in good.items() if n.startswith(("model.", "adam.")))
+    trainer.train(Scans(4), steps=1, global_step=5, decay_per_round=DECAY)
+
+
+def test_a_round_without_one_good_step_gives_no_update():
+    trainer = ready_trainer(tiny_plan(), Scans(4))
+    with pytest.raises(ModelError, match="every step"):
+        trainer.train(AllBroken(4), steps=1, global_step=0, decay_per_round=DECAY)
+
+
+def test_a_scan_of_another_size_than_the_plan_s_is_refused():
+    trainer = ready_trainer(tiny_plan(), Scans(1))
+    with pytest.raises(CohortError, match="E_PROFILE"):
+        trainer.train(Scans(2, size=(16, 32, 16)), steps=1, global_step=0, decay_per_round=DECAY)
 
 
 def test_a_federated_site_never_seeds_its_own_codebook_and_a_lone_site_does():
