@@ -22,8 +22,9 @@ from fourdvq.data.datasets import (
 from fourdvq.data.latents import LatentPatient
 from fourdvq.errors import ModelError
 from fourdvq.evaluation.reconstruction import score_reconstruction
+from fourdvq.evaluation.scalars import scalar_counts, scalar_errors
 from fourdvq.evaluation.summary import RowSums
-from fourdvq.evaluation.trajectory import longitudinal, score_trajectories
+from fourdvq.evaluation.trajectory import LongitudinalPatient, longitudinal, score_trajectories
 from fourdvq.federation.codebook import CodebookState
 from fourdvq.generation import WorldModel
 from fourdvq.models.latent_ode import LatentODE
@@ -38,6 +39,8 @@ from fourdvq.training.vqgan import DISCRIMINATOR_PREFIX, VqganTrainer, initial_m
 from fourdvq.wire.messages import (
     CodebookInitTask,
     CodebookSums,
+    ConformalCounts,
+    ConformalTask,
     EncodeTask,
     EvalSummary,
     OdeTask,
@@ -171,6 +174,24 @@ class Bench:
     def evaluate_trajectory(self, job: Job) -> Outcome:
         """Scores of generated scans of the patients of one split, with all control rows."""
         task = _task_of(job, TrajectoryTask)
+        world, patients = self._held_out(job, task)
+        sums = score_trajectories(world, patients, job.plan, modes=[task.mode])
+        self._keep_scores(job, task.mode, task, sums)
+        scored = max((s.n for s in sums if s.row == "cohort"), default=0)
+        return _summary(sums, scored, scored)
+
+    def evaluate_conformal(self, job: Job) -> Outcome:
+        """Counts of the errors of predicted numbers on the patients of one split."""
+        task = _task_of(job, ConformalTask)
+        world, patients = self._held_out(job, task)
+        errors = scalar_errors(world, patients, job.plan)
+        counts = scalar_counts(errors, job.plan.evaluation)
+        return Outcome(ConformalCounts(counts=counts, patients=len(errors)), len(errors), len(errors))
+
+    # --- what the methods share --------------------------------------------------------------------------------
+
+    def _held_out(self, job: Job, task: TrajectoryTask | ConformalTask) -> tuple[WorldModel, list[LongitudinalPatient]]:
+        """The task's model with the run's frozen tokenizer, and the patients of the task's split."""
         _same_model(task.weights, task.model_sha256)
         vqgan, _, found = self._frozen_model(job)
         if found != task.tokenizer_sha256:
@@ -178,13 +199,7 @@ class Bench:
         ode = LatentODE(job.plan.temporal, job.plan.model.code_dim)
         ode.load_state_dict(dict(task.weights))
         world = WorldModel(vqgan, ode.to(self._device).eval(), found)
-        patients = [longitudinal(p, job.plan.window_hu) for p in self._cohort().of(task.split)]
-        sums = score_trajectories(world, patients, job.plan, modes=[task.mode])
-        self._keep_scores(job, task.mode, task, sums)
-        scored = max((s.n for s in sums if s.row == "cohort"), default=0)
-        return _summary(sums, scored, scored)
-
-    # --- what the methods share --------------------------------------------------------------------------------
+        return world, [longitudinal(p, job.plan.window_hu) for p in self._cohort().of(task.split)]
 
     def _keep_scores(
         self, job: Job, mode: str, task: ReconstructionTask | TrajectoryTask, sums: Sequence[RowSums]

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from fourdvq.errors import CODES, Refused
-from fourdvq.plan import Plan
+from fourdvq.evaluation.conformal import SCALARS
+from fourdvq.plan import EvaluationSpec, Plan
 from fourdvq.tensors import Weights, first_nonfinite, form_difference, payload_sha256
 from fourdvq.training.update import WIRE_DTYPES, clip_relative, to_wire
 from fourdvq.wire.masked import peers_sha256
@@ -24,6 +25,8 @@ from fourdvq.wire.messages import (
     COX_REPLIES,
     CodebookInitTask,
     CodebookSums,
+    ConformalCounts,
+    ConformalTask,
     CoxFutureTask,
     CoxKey,
     CoxPeersTask,
@@ -243,6 +246,25 @@ def _summary(outcome: Outcome, context: Context) -> Cleared:
     return Cleared(cleared, _JSON_ALLOWANCE + 128 * len(rows))
 
 
+def _conformal(outcome: Outcome, context: Context) -> Cleared:
+    """Counts over the plan's own bins; a horizon of fewer than `min_cell` patients leaves as zeros."""
+    reply, _ = _pair(outcome, context, ConformalCounts, ConformalTask)
+    rules = context.policy
+    require_patients(outcome, rules.cohort.min_patients_per_summary)
+    spec = context.plan.evaluation if context.plan is not None else EvaluationSpec()
+    shape = (len(SCALARS), len(spec.horizon_bins_years) + 1, spec.conformal_bins + 1)
+    counts = reply.counts
+    if counts.shape != shape or counts.dtype != np.int64 or (counts < 0).any():
+        raise _refuse("eval_summary", "counts of another shape or type, or below zero")
+    patients = _count(reply.patients, outcome.patients)
+    by_horizon = counts.sum(axis=2)
+    if (by_horizon.sum(axis=1) != patients).any():
+        raise _refuse("eval_summary", "counts that are not one a patient")
+    kept = np.where((by_horizon >= rules.egress.min_cell)[:, :, None], counts, 0)
+    cleared = ConformalCounts(counts=kept, patients=round_up(patients, rules.egress.min_cell))
+    return Cleared(cleared, _JSON_ALLOWANCE + kept.nbytes)
+
+
 def _rounded_moments(mean: float, mean_sq: float, digits: int) -> tuple[float, float]:
     spread = round_significant(math.sqrt(max(0.0, mean_sq - mean * mean)), digits)
     mean = round_significant(mean, digits)
@@ -269,6 +291,7 @@ _RULES: dict[type[Reply], Callable[[Outcome, Context], Cleared]] = {
     PlanAck: _ack,
     Receipt: _receipt,
     EvalSummary: _summary,
+    ConformalCounts: _conformal,
     Report: _report,
     **dict.fromkeys((*COX_REPLIES.values(), RiskReply, MaskedReply, CoxKey), _cox),
 }

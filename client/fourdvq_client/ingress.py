@@ -22,6 +22,7 @@ from fourdvq.tensors import Weights, first_nonfinite, form_difference, payload_s
 from fourdvq.training.update import global_norm
 from fourdvq.wire.messages import (
     CodebookInitTask,
+    ConformalTask,
     CoxFutureTask,
     EncodeTask,
     OdeTask,
@@ -43,6 +44,7 @@ STAGES: dict[type[Task], str] = {
     ReconstructionTask: "vqgan",
     OdeTask: "ode",
     TrajectoryTask: "ode",
+    ConformalTask: "ode",
     CoxFutureTask: "ode",
 }
 RELEASE_PARTS = ("vqgan.", "codebook.", "ode.")
@@ -206,11 +208,17 @@ def _trajectory(task: TrajectoryTask, plan: Plan, _policy: SitePolicy) -> None:
         raise Refused("PLAN_MISMATCH", where="mode", found=task.mode, wanted=" or ".join(plan.evaluation.modes))
 
 
+def _conformal(_task: ConformalTask, plan: Plan, _policy: SitePolicy) -> None:
+    if not plan.evaluation.conformal:
+        raise Refused("PLAN_MISMATCH", where="evaluation.conformal", found="asked for", wanted="a plan that has it on")
+
+
 FIELD_CHECKS: dict[type[Task], Callable[[Any, Plan, SitePolicy], None]] = {
     VqganTask: _vqgan,
     OdeTask: _ode,
     CodebookInitTask: _codebook_init,
     TrajectoryTask: _trajectory,
+    ConformalTask: _conformal,
 }
 
 

@@ -17,6 +17,7 @@ from fourdvq.plan import Plan
 from fourdvq.wire.messages import (
     COX_TASKS,
     CodebookInitTask,
+    ConformalTask,
     CoxFutureTask,
     CoxKeysTask,
     CoxPeersTask,
@@ -140,6 +141,7 @@ HANDLERS: dict[type[Task], Handler] = {
     OdeTask: lambda task, envelope, site: site.worker.train_ode(_job(task, envelope, site)),
     ReconstructionTask: lambda task, envelope, site: site.worker.evaluate_reconstruction(_job(task, envelope, site)),
     TrajectoryTask: lambda task, envelope, site: site.worker.evaluate_trajectory(_job(task, envelope, site)),
+    ConformalTask: lambda task, envelope, site: site.worker.evaluate_conformal(_job(task, envelope, site)),
     ReportTask: report,
     ReleaseTask: release,
     CoxFutureTask: lambda task, envelope, site: site.worker.future_codes(_job(task, envelope, site)),

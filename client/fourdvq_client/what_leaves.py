@@ -50,7 +50,8 @@ _RULES = {
     ),
     "eval_summary": (
         "Refused below `min_patients_per_summary`; rows of fewer than `min_cell` items are withheld, their number is "
-        "rounded to multiples of it, mean and spread to `sig_digits`."
+        "rounded to multiples of it, mean and spread to `sig_digits`. Counts of errors leave as they are, one a "
+        "patient, over bins that the plan fixes; a horizon of fewer than `min_cell` patients leaves as zeros."
     ),
     "report": "Only what a person put into the outbox with `submit`; refused if it holds an id, a path or a date.",
     "receipt": "The hash must be one that came down with the task; counts are rounded.",

@@ -51,6 +51,8 @@ class Worker(Protocol):
 
     def evaluate_trajectory(self, job: Job) -> Outcome: ...
 
+    def evaluate_conformal(self, job: Job) -> Outcome: ...
+
     def future_codes(self, job: Job) -> Outcome: ...
 
     def close(self) -> None: ...
@@ -91,6 +93,9 @@ class ProcessWorker:
 
     def evaluate_trajectory(self, job: Job) -> Outcome:
         return self._do("evaluate_trajectory", job)
+
+    def evaluate_conformal(self, job: Job) -> Outcome:
+        return self._do("evaluate_conformal", job)
 
     def future_codes(self, job: Job) -> Outcome:
         return self._do("future_codes", job)

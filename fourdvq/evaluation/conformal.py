@@ -15,6 +15,8 @@ import numpy as np
 
 from fourdvq.errors import ConfigError
 
+SCALARS = ("density", "dense_share", "code_share")  # the numbers that have bands; see fourdvq.evaluation.scalars
+
 
 def public_bins(largest: float, n_bins: int = 200) -> np.ndarray:
     """Upper edges (n_bins,) of equal bins from 0 to `largest`; fixed by the plan, never by data."""

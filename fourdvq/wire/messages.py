@@ -271,6 +271,29 @@ class EvalSummary(Reply):
         return EvalSummary(rows=rows, **columns, patients=self.patients + other.patients)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class ConformalTask(Task):
+    """Count the errors of predicted numbers on the patients of one split over the plan's public bins."""
+
+    kind: ClassVar[str] = "evaluate.conformal"
+    split: Literal["validation", "test"]
+    model_sha256: Sha256
+    tokenizer_sha256: Sha256
+    weights: Tensors  # of the latent ODE
+
+
+@dataclass(frozen=True)
+class ConformalCounts(Reply):
+    """Patients per number (`fourdvq.evaluation.scalars.SCALARS`), horizon and bin of the error, int64."""
+
+    egress: ClassVar[str] = "eval_summary"
+    counts: np.ndarray  # (scalars, horizons + 1, bins + 1)
+    patients: int
+
+    def __add__(self, other: ConformalCounts) -> ConformalCounts:
+        return ConformalCounts(self.counts + other.counts, self.patients + other.patients)
+
+
 # --- survival ----------------------------------------------------------------------------------------------------
 
 
@@ -404,6 +427,7 @@ _OTHER_TASKS: tuple[type[Task], ...] = (
     OdeTask,
     ReconstructionTask,
     TrajectoryTask,
+    ConformalTask,
     ReportTask,
     ReleaseTask,
 )
@@ -418,6 +442,7 @@ REPLIES: dict[str, type[Reply]] = {
     "train.ode": OdeUpdate,
     "evaluate.reconstruction": EvalSummary,
     "evaluate.trajectory": EvalSummary,
+    "evaluate.conformal": ConformalCounts,
     "query.report": Report,
     "query.release": Receipt,
     "query.cox_keys": CoxKey,

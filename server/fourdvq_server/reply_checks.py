@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fourdvq.errors import WireError
+from fourdvq.evaluation.conformal import SCALARS
 from fourdvq.federation.aggregate import check_update
 from fourdvq.federation.codebook import CodebookStats, check_stats
 from fourdvq.plan import Plan
@@ -23,6 +24,7 @@ from fourdvq.wire.messages import (
     PROTOCOL,
     CodebookInitTask,
     CodebookSums,
+    ConformalCounts,
     EvalSummary,
     OdeTask,
     OdeUpdate,
@@ -101,11 +103,21 @@ def _summary(site: str, _plan: Plan, _task: Task, body: EvalSummary) -> None:
         raise WireError("E_MESSAGE", where=f"{site}: rows", found="a repeated row or a negative count")
 
 
+def _conformal(site: str, plan: Plan, _task: Task, body: ConformalCounts) -> None:
+    spec, counts = plan.evaluation, body.counts
+    shape = (len(SCALARS), len(spec.horizon_bins_years) + 1, spec.conformal_bins + 1)
+    if counts.shape != shape or counts.dtype != np.int64:
+        raise WireError("E_MESSAGE", where=f"{site}: counts", found=f"{counts.dtype}{counts.shape}", wanted=str(shape))
+    if (counts < 0).any():
+        raise WireError("E_MESSAGE", where=f"{site}: counts", found="a negative count")
+
+
 _CHECKS: dict[type, Callable[[str, Plan, Any, Any], None]] = {
     VqganUpdate: _vqgan,
     OdeUpdate: _ode,
     CodebookSums: _codebook,
     EvalSummary: _summary,
+    ConformalCounts: _conformal,
 }
 
 

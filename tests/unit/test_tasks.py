@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 
 from fourdvq.federation.codebook import CodebookStats, initial_codebook, merge_codebooks
 from fourdvq.models.vqgan import load_codebook, load_generator, tokenizer_sha256
+from fourdvq.plan import EvaluationSpec
 from fourdvq.tensors import payload_sha256
 from fourdvq.training.update import apply
 from fourdvq.training.vqgan import initial_model, initial_weights
@@ -20,6 +21,8 @@ from fourdvq.wire.messages import (
     TASKS,
     CodebookInitTask,
     CodebookSums,
+    ConformalCounts,
+    ConformalTask,
     EncodeTask,
     EvalSummary,
     HelloTask,
@@ -63,7 +66,8 @@ def one_thread():
 
 @pytest.fixture
 def caller(tmp_path):
-    made = Caller(prepared_site(tmp_path / "site"), tiny_plan())
+    plan = dataclasses.replace(tiny_plan(), evaluation=EvaluationSpec(conformal=True))
+    made = Caller(prepared_site(tmp_path / "site"), plan)
     made.introduce()
     return made
 
@@ -111,6 +115,10 @@ def test_a_whole_run_is_answered_and_logged(caller):
     scores = caller.ask(TrajectoryTask(split="test", mode="extrapolation", **trajectory))
     assert isinstance(scores, EvalSummary)
     assert {row.split("/")[0] for row in scores.rows} >= {"model", "persistence", "ceiling", "cohort"}
+    errors = caller.ask(ConformalTask(split="test", **trajectory))
+    assert isinstance(errors, ConformalCounts)
+    scored = next(int(n) for row, n in zip(scores.rows, scores.n, strict=True) if row == "cohort/extrapolation/pairs")
+    assert errors.counts.sum(axis=(1, 2)).tolist() == [scored] * 3
     assert caller.ask(ReportTask()) == Report(report_json="{}")
     release(caller, weights, state, ode, tokenizer)
     head = verify(root / "audit.jsonl", (root / "state" / "fingerprint").read_text())

@@ -5,13 +5,16 @@ Scores arrive as n, sum and sum of squares per row; means and t intervals over p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from fourdvq.errors import FourdvqError
+from fourdvq.evaluation.scalars import bands
 from fourdvq.evaluation.summary import RowSums, combine, format_table
 from fourdvq.tensors import payload_sha256
-from fourdvq.wire.messages import ReconstructionTask, Task, TrajectoryTask
+from fourdvq.wire.messages import ConformalCounts, ConformalTask, ReconstructionTask, Task, TrajectoryTask
 from fourdvq_server.stages.context import StageContext
 from fourdvq_server.stages.freeze import frozen_model
 from fourdvq_server.stages.ode import trained_ode
@@ -49,9 +52,32 @@ def score(context: StageContext, sites: Sequence[str], *, exchange: str) -> dict
         "sites": {site: {"role": context.sites[site].role, "sums": plain_sums(sums)} for site, sums in by_site.items()},
         "groups": {group: interval_rows(sums) for group, sums in combined.items()},
         "tables": {group: _table(context, sums) for group, sums in combined.items() if sums},
+        "bands": _bands(context, sites, exchange, failed),
         "failed": failed,
         "metrics": metrics,
     }
+
+
+def _bands(
+    context: StageContext, sites: Sequence[str], exchange: str, failed: dict[str, dict[str, str]]
+) -> list[dict[str, Any]]:
+    """Bands around predicted numbers from the sites' calibration patients (split validation), if the plan asks for it.
+
+    A half-width without a bound, for want of patients, is null.
+    """
+    if not context.plan.evaluation.conformal:
+        return []
+    ode, (_, tokenizer) = trained_ode(context), frozen_model(context)
+    task = ConformalTask(split="validation", model_sha256=payload_sha256(ode), tokenizer_sha256=tokenizer, weights=ode)
+    calibrating = [site for site in context.trainers if site in sites]
+    replies = context.ask(context.store.stage(NAME), f"{exchange}-conformal", task, calibrating, quorum=0)
+    for site, code in replies.failed.items():
+        failed.setdefault(site, {})["conformal"] = code
+    parts = [body for body in replies.bodies().values() if isinstance(body, ConformalCounts)]
+    if not parts:
+        return []
+    found = bands(sum(parts[1:], parts[0]).counts, context.plan.evaluation)
+    return [asdict(b) | {"half_width": b.half_width if math.isfinite(b.half_width) else None} for b in found]
 
 
 def _tasks(context: StageContext) -> dict[str, Task]:
