@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+SHORTEST_GAP_YEARS = 0.1  # a change over less time than this is mostly noise, and is not blown up further
+
 
 class ConvGRU3dCell(nn.Module):
     """One gated step: h' = (1 - u) h + u tanh(conv[x, r h]) with gates r, u = sigmoid(conv[x, h])."""
@@ -31,7 +33,8 @@ class BackwardConvGRU(nn.Module):
     """The state at the first scan, from all observed scans, last to first.
 
     `drift` (optional) moves the state between two scans by one Euler step against time: the ODE-ConvGRU of the paper's
-    table 1. `time_gap_channel` adds the gap to the scan read before as one more input channel; the paper has neither.
+    table 1. `time_gap_channel` adds the gap to the scan read before as one more input channel, `velocity_input` the
+    change of the codes per year until that scan as c more; the paper has none of the three.
     """
 
     def __init__(
@@ -42,11 +45,13 @@ class BackwardConvGRU(nn.Module):
         t_scale_years: float,
         drift: nn.Module | None = None,
         time_gap_channel: bool = False,
+        velocity_input: bool = False,
     ) -> None:
         super().__init__()
         self.t_scale_years = t_scale_years
         self.time_gap_channel = time_gap_channel
-        self.cell = ConvGRU3dCell(code_dim + int(time_gap_channel), hidden)
+        self.velocity_input = velocity_input
+        self.cell = ConvGRU3dCell(code_dim * (1 + int(velocity_input)) + int(time_gap_channel), hidden)
         self.drift = drift
         self.head = nn.Sequential(nn.Conv3d(hidden, hidden, 1), nn.ReLU(), nn.Conv3d(hidden, hidden, 1))
 
@@ -56,7 +61,7 @@ class BackwardConvGRU(nn.Module):
         A scan that is not observed changes nothing: padding and hidden inputs are the same thing.
         """
         h = z.new_zeros(z.shape[0], self.cell.hidden, *z.shape[3:])
-        read_at = t[:, -1]
+        read_at, read = t[:, -1], z[:, -1]
         started = torch.zeros_like(observed[:, -1])
         for i in reversed(range(z.shape[1])):
             seen = observed[:, i]
@@ -66,8 +71,13 @@ class BackwardConvGRU(nn.Module):
             x = z[:, i]
             if self.time_gap_channel:
                 x = torch.cat([x, gap_grid.expand(-1, 1, *x.shape[2:])], dim=1)
-            h = torch.where(seen[:, None, None, None, None], self.cell(x, moved), h)
-            read_at = torch.where(seen, t[:, i], read_at)
+            seen_grid = seen[:, None, None, None, None]
+            if self.velocity_input:
+                years = (read_at - t[:, i]).clamp(min=SHORTEST_GAP_YEARS).to(z.dtype)[:, None, None, None, None]
+                known = (started & seen)[:, None, None, None, None]
+                x = torch.cat([x, torch.where(known, (read - z[:, i]) / years, 0.0)], dim=1)
+            h = torch.where(seen_grid, self.cell(x, moved), h)
+            read_at, read = torch.where(seen, t[:, i], read_at), torch.where(seen_grid, z[:, i], read)
             started = started | seen
         first: Tensor = self.head(h)
         return first

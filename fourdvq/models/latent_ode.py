@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torchdiffeq import odeint
 
 from fourdvq.errors import ModelError
-from fourdvq.models.conv_gru import BackwardConvGRU
+from fourdvq.models.conv_gru import SHORTEST_GAP_YEARS, BackwardConvGRU
 from fourdvq.plan import TemporalSpec
 
 SAME_TIME_YEARS = 1e-6  # half a minute: below every date, above float32 rounding of 6 years
@@ -118,7 +118,9 @@ class LatentODE(nn.Module):
             t_scale_years=spec.t_scale_years,
             drift=drift,
             time_gap_channel=spec.time_gap_channel,
+            velocity_input=spec.velocity_input,
         )
+        self.context = nn.Linear(spec.hidden + code_dim, spec.hidden) if spec.lung_context else None
         self.dynamics = Dynamics(spec.hidden, spec.dynamics_width, layers, time_input=time_input)
         self._pairs = spec.skip and spec.projector == "paper"
         # A bias would cancel in P(h(s)) - P(h(a)): it is there only where it can act.
@@ -175,15 +177,17 @@ class LatentODE(nn.Module):
     def initial_state(self, z: Tensor, t: Tensor, observed: Tensor, lung: Tensor | None = None) -> InitialState:
         """The state at the first scan from codes z (B, T, c, d, h, w), and how sure the scans make it.
 
-        The random part is read from the mean state over `lung` (B, d, h, w), None: over everything.
+        Context and random part are read from the mean state over `lung` (B, d, h, w), None: over everything.
         """
         if lung is not None:
             z = z * lung[:, None, None].to(z.dtype)
         h = self.encoder(z, t, observed)
+        pooled = _lung_mean(h, lung)
+        if self.context is not None:
+            rate = _lung_mean(_rate_of_change(z, t, observed), lung)
+            h = h + self.context(torch.cat([pooled, rate], dim=1))[:, :, None, None, None]
         if self.posterior is None:
             return InitialState(h)
-        weight = h.new_ones(h.shape[0], 1, *h.shape[2:]) if lung is None else lung[:, None].to(h.dtype)
-        pooled = (h * weight).sum(dim=(2, 3, 4)) / weight.sum(dim=(2, 3, 4)).clamp(min=1)
         mean, log_sd = self.posterior(pooled).chunk(2, dim=1)
         return InitialState(h, mean, log_sd.clamp(-6.0, 2.0))
 
@@ -290,6 +294,21 @@ def check_times(t: Tensor, observed: Tensor, s: Tensor) -> None:
 def snap_times(years: Sequence[float], grid: str) -> list[float]:
     """Years as the model sees them: `exact`, or rounded to half-years as in the published code (`halfyear`)."""
     return [float(y) if grid == "exact" else round(float(y) * 2) / 2 for y in years]
+
+
+def _lung_mean(x: Tensor, lung: Tensor | None) -> Tensor:
+    """Mean of x (B, n, d, h, w) over `lung` (B, d, h, w), None: over everything; (B, n)."""
+    if lung is None:
+        return x.mean(dim=(2, 3, 4))
+    weight = lung[:, None].to(x.dtype)
+    return (x * weight).sum(dim=(2, 3, 4)) / weight.sum(dim=(2, 3, 4)).clamp(min=1)
+
+
+def _rate_of_change(z: Tensor, t: Tensor, observed: Tensor) -> Tensor:
+    """Change of the codes per year from the first observed scan to the last, (B, c, d, h, w); zero if they are one."""
+    rows, first, last = torch.arange(len(z), device=z.device), observed.int().argmax(dim=1), _last_observed(observed)
+    years = (t[rows, last] - t[rows, first]).clamp(min=SHORTEST_GAP_YEARS).to(z.dtype)
+    return (z[rows, last] - z[rows, first]) / years[:, None, None, None, None]
 
 
 def _last_observed(observed: Tensor) -> Tensor:
