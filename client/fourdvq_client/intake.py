@@ -16,10 +16,9 @@ from pathlib import Path
 from fourdvq.data.choice import ChoiceRules
 from fourdvq.data.cohort import Cohort, Finding, pseudonyms
 from fourdvq.data.dicom_studies import OVERRIDES, DicomOptions
-from fourdvq.data.limits import ReaderLimits, shown
+from fourdvq.data.limits import shown
 from fourdvq.errors import ConfigError
 from fourdvq.preprocessing.profile import Profile
-from fourdvq_client.policy import Limits
 from fourdvq_client.site_secret import site_secret
 from fourdvq_client.workspace import Workspace, read_profile, write_private
 from fourdvq_client.yaml_file import read_yaml
@@ -68,11 +67,6 @@ def read_overrides(path: Path) -> dict[str, str]:
                 raise ConfigError("E_VALUE", where=f"{OVERRIDES}: {study}", found=repr(key), wanted=wanted)
         overrides[study] = series
     return overrides
-
-
-def reader_limits(limits: Limits) -> ReaderLimits:
-    """The policy's bounds on files from the archive, as the readers take them."""
-    return ReaderLimits(limits.max_voxels, limits.spacing_mm, limits.decode_memory_mb)
 
 
 def write_intake(workspace: Workspace, cohort: Cohort) -> None:

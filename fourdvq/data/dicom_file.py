@@ -22,7 +22,7 @@ from fourdvq.data.limits import shown
 from fourdvq.errors import VolumeError
 
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-MAX_INFLATED = 1 << 28  # of a deflated file: a CT slice is 0.5 MB, a multi-frame file is not stored this way
+MAX_INFLATED = 1 << 26  # of a deflated file: a CT slice is 0.5 MB, a multi-frame file is not stored this way
 _PIXEL_DATA = b"\xe0\x7f\x10\x00"
 _UNDEFINED = 0xFFFFFFFF
 _TAGS = [

@@ -9,6 +9,7 @@ import pytest
 import SimpleITK as sitk
 
 from dicom_factory import write_series
+from fourdvq.data.burnt_text import has_burnt_text
 from fourdvq.data.choice import best_series
 from fourdvq.data.dicom import scan_folder
 from fourdvq.data.series import load_series
@@ -19,11 +20,11 @@ from fourdvq.preprocessing.registration.align import overlap, working_pair
 from fourdvq.preprocessing.segmentation import lung_sides, threshold_mask
 
 PROFILES = Path(__file__).parents[2] / "configs" / "preprocessing"
-PAPER = load_profile(PROFILES / "paper-v1.yaml")
+PAPER = load_profile(PROFILES / "paper-v1-threshold.yaml")
 NAME = "0123456789ab"
 
 
-def prepared(scans: list[ScanInput], out: Path, profile: str = "paper-v1"):
+def prepared(scans: list[ScanInput], out: Path, profile: str = "paper-v1-threshold"):
     return prepare_patient(scans, load_profile(PROFILES / f"{profile}.yaml"), out, pseudonym=NAME).scans
 
 
@@ -119,3 +120,10 @@ def test_the_published_affine_file_has_our_direction(real_data):
     assert aligned.dice == pytest.approx(0.952, abs=0.01)
     assert aligned.ncc == pytest.approx(0.56, abs=0.05)
     assert overlap(pair, transform.GetInverse()).dice < 0.6
+
+
+def test_real_scans_hold_no_letters(real_data):
+    series = load_series(best_series(real_data / "dicom"))
+    assert not has_burnt_text(series.volume.hu)
+    for path in (real_data / "cip" / "ct-64.nrrd", real_data / "elastix" / "followup_reconstructed.nii.gz"):
+        assert not has_burnt_text(from_image(sitk.Cast(sitk.ReadImage(str(path)), sitk.sitkInt16)).hu)
