@@ -175,6 +175,17 @@ def _profile(patient: Patient) -> Iterator[Check]:
     yield Check("profile", "PASS", f"{profile.name}, sha256 {profile.sha256[:12]}")
 
 
+def _weights(patient: Patient) -> Iterator[Check]:
+    from fourdvq.preprocessing.segmentation import NEED_WEIGHTS, check_weights
+    from fourdvq_client.workspace import read_profile
+
+    spec = read_profile(patient.workspace).segmentation
+    if patient.config is None or spec.method not in NEED_WEIGHTS:
+        return
+    check_weights(spec, patient.config.weights)
+    yield Check("weights", "PASS", f"{patient.config.weights.name}, sha256 {spec.weights_sha256[:12]}")
+
+
 def _prepared(patient: Patient) -> Iterator[Check]:
     from fourdvq.data.datasets import open_prepared
     from fourdvq_client.workspace import read_profile
@@ -264,7 +275,20 @@ def _failed(name: str, error: FourdvqError, exit_code: int | None = None) -> Che
 
 
 CHECKS: dict[str, list[CheckFunction]] = {
-    "base": [_python, _packages, _code, _telemetry, _disk, _folders, _key, _policy, _audit, _profile, _prepared],
+    "base": [
+        _python,
+        _packages,
+        _code,
+        _telemetry,
+        _disk,
+        _folders,
+        _key,
+        _policy,
+        _audit,
+        _profile,
+        _weights,
+        _prepared,
+    ],
     "data": [_tables, _cohort_size],
     "gpu": [_device],
     "network": [_network],

@@ -36,6 +36,7 @@ from fourdvq_client.verbs import (  # noqa: E402
     qc,
     reports,
     survival,
+    weights,
 )
 
 app = typer.Typer(
@@ -50,6 +51,7 @@ VERBS: dict[str, Callable[..., console.Result]] = {
     "init": init.init,
     "check": check.check,
     "scan": data.scan,
+    "fetch-weights": weights.fetch_weights,
     "preprocess": data.preprocess,
     "dry-run": dry_run.dry_run,
     "approve": plans.approve,

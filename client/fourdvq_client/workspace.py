@@ -140,6 +140,7 @@ class SiteConfig:
     scans_csv: Path | None = None
     columns: Mapping[str, str] = field(default_factory=dict)  # our name: theirs
     values: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # column: their word: ours
+    weights: Path = Path("weights/unet_r231.pth")  # of the lung segmentation, where the profile's method needs them
     device: str = "cpu"
     workers: int = 1
     worker: str = "process"  # where training runs: process or inline
@@ -167,7 +168,7 @@ def read_site_config(workspace: Workspace) -> SiteConfig:
     config = build(SiteConfig, _coded_values(data), where="site.yaml")
     located = {
         name: _located(workspace.root, getattr(config, name))
-        for name in ("scans", "clinical", "scans_csv")
+        for name in ("scans", "clinical", "scans_csv", "weights")
         if getattr(config, name) is not None
     }
     if "scans_csv" not in located and (workspace.root / "scans.csv").is_file():

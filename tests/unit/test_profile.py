@@ -29,7 +29,7 @@ PRESETS = sorted((Path(__file__).parents[2] / "configs" / "preprocessing").glob(
 
 
 def test_the_presets_load_can_be_run_and_survive_a_round_trip():
-    assert [p.stem for p in PRESETS] == ["demo", "paper-v1", "realdata-test", "tiny"]
+    assert sorted(p.stem for p in PRESETS) == ["demo", "paper-v1", "paper-v1-threshold", "realdata-test", "tiny"]
     for path in PRESETS:
         profile = load_profile(path)
         assert profile.profile.name == path.stem
@@ -43,7 +43,12 @@ def test_the_paper_preset_has_the_papers_grid_and_the_documented_limits():
     assert paper.window_hu == (-1000, 400)
     assert (paper.fov.mode, paper.fov.margin_mm) == ("lung_bbox", 10)
     assert (paper.limits.max_thickness_mm, paper.limits.min_coverage_mm, paper.limits.min_lung_ml) == (2.5, 180, 1000)
-    assert paper == Profile(ProfileName("paper-v1"))
+    assert paper == Profile(ProfileName("paper-v1"), segmentation=paper.segmentation)
+    assert (paper.segmentation.method, paper.segmentation.step_mm) == ("lungmask_r231", None)
+    assert paper.segmentation.weights_sha256.startswith("d5d2fc3d")  # as the published file's name says
+    without = load_profile(next(p for p in PRESETS if p.stem == "paper-v1-threshold"))
+    assert without == Profile(ProfileName("paper-v1-threshold"))
+    assert (without.segmentation.method, without.segmentation.air_hu) == ("threshold", -400)
 
 
 CHANGES = {
@@ -81,6 +86,11 @@ def test_the_order_of_keys_and_whole_numbers_do_not_change_the_identity():
         ("grid", {"depht": 96}, "E_KEY"),
         ("limits", {"thick": "ignore"}, "E_TYPE"),
         ("registration", {"shrink": [4, 2]}, "E_VALUE"),
+        ("segmentation", {"method": "lungmask_r231"}, "E_VALUE"),
+        ("segmentation", {"weights_sha256": "d5d2fc3d"}, "E_VALUE"),
+        ("segmentation", {"air_hu": 40}, "E_VALUE"),
+        ("segmentation", {"step_mm": 0}, "E_VALUE"),
+        ("segmentation", {"method": "totalsegmentator"}, "E_TYPE"),
     ],
 )
 def test_a_wrong_value_names_its_key(section, value, code):

@@ -9,7 +9,15 @@ import pytest
 
 from fourdvq.data.volume import Volume
 from fourdvq.errors import VolumeError
-from fourdvq.preprocessing.segmentation import LungSides, lung_sides, provided_mask, threshold_mask
+from fourdvq.preprocessing.profile import SegmentationSpec
+from fourdvq.preprocessing.segmentation import (
+    LungSides,
+    field_cuts,
+    lung_sides,
+    provided_mask,
+    segmenter,
+    threshold_mask,
+)
 from synthetic_lungs import chest
 
 
@@ -72,3 +80,87 @@ def test_a_provided_mask_must_be_there_and_on_the_scans_grid(scan_and_truth):
     for wrong in (None, replace(given, origin=(0.0, 0.0, 0.0))):
         with pytest.raises(VolumeError, match="E_MASK"):
             provided_mask(scan, wrong)
+
+
+def test_the_profiles_threshold_is_the_one_that_is_used(scan_and_truth):
+    scan, _ = scan_and_truth
+    loose, tight = (segmenter(SegmentationSpec(air_hu=hu))(scan, None) for hu in (-320.0, -700.0))
+    np.testing.assert_array_equal(loose, threshold_mask(scan, air_hu=-320.0))
+    assert loose.sum() > tight.sum() > 0
+    assert not (tight & ~loose).sum() > 0.01 * tight.sum()
+
+
+# --- the field of view -------------------------------------------------------------------------------------------
+
+
+def behind_circle(scan: Volume, radius_mm: float, right_mm: float = 0.0) -> tuple[Volume, np.ndarray]:
+    """The scan with padding outside a circle whose middle lies `right_mm` to the patient's right, and the padding."""
+    _, height, width = scan.hu.shape
+    y = (np.arange(height) - (height - 1) / 2) * scan.spacing[1]
+    x = (np.arange(width) - (width - 1) / 2) * scan.spacing[2] + right_mm
+    outside = np.add.outer(y**2, x**2) > radius_mm**2
+    hu = scan.hu.copy()
+    hu[:, outside] = -1024  # -2048 and -3024 come as this: readers clamp
+    return replace(scan, hu=hu), np.broadcast_to(outside, hu.shape)
+
+
+def cropped(volume: np.ndarray, side: str) -> np.ndarray:
+    depth, height, width = volume.shape
+    cuts = {
+        "bottom": np.s_[depth // 4 :],
+        "top": np.s_[: 3 * depth // 4],
+        "front": np.s_[:, height // 2 - 10 :],
+        "back": np.s_[:, : height // 2 + 10],
+        "right": np.s_[:, :, width // 2 - 24 :],
+        "left": np.s_[:, :, : width // 2 + 24],
+    }
+    return np.ascontiguousarray(volume[cuts[side]])
+
+
+def test_a_whole_chest_is_not_cut_with_or_without_a_circle_around_it(scan_and_truth):
+    scan, truth = scan_and_truth
+    found = threshold_mask(scan)
+    for radius in (None, 185.0, 155.0):  # the body reaches 165 mm to the sides, the lungs 136
+        seen = scan if radius is None else behind_circle(scan, radius)[0]
+        mask = threshold_mask(seen)
+        assert field_cuts(seen, mask) == field_cuts(seen, truth) == ()
+        assert overlap(mask, found) > 0.995
+
+
+@pytest.mark.parametrize("side", ["bottom", "top", "front", "back", "right", "left"])
+def test_a_lung_that_the_image_cuts_is_found_and_its_side_named(scan_and_truth, side):
+    scan, truth = scan_and_truth
+    seen, lung = replace(scan, hu=cropped(scan.hu, side)), cropped(truth, side)
+    assert field_cuts(seen, lung) == (side,)
+    mask = threshold_mask(seen)
+    assert side in field_cuts(seen, mask)
+    assert overlap(mask, lung) > 0.95
+
+
+@pytest.mark.parametrize(("right_mm", "side"), [(35.0, "left"), (-35.0, "right")])
+def test_a_lung_that_the_reconstruction_circle_cuts_stays_in_the_mask_and_its_side_is_named(
+    scan_and_truth, right_mm, side
+):
+    scan, truth = scan_and_truth
+    seen, outside = behind_circle(scan, 155.0, right_mm)
+    lost_ml = float((truth & outside).sum()) * scan.voxel_ml
+    assert 20 < lost_ml < 300
+    assert field_cuts(seen, truth & ~outside) == (side,)
+    mask = threshold_mask(seen)
+    assert field_cuts(seen, mask) == (side,)
+    assert overlap(mask, truth & ~outside) > 0.96
+
+
+def test_lung_that_a_mask_lost_at_the_edge_is_noticed_from_the_slices_beside_it(scan_and_truth):
+    scan, truth = scan_and_truth
+    seen, outside = behind_circle(scan, 155.0, 35.0)
+    lung = truth & ~outside
+    open_slices = (truth & outside).any(axis=(1, 2))
+    left = np.arange(lung.shape[2]) >= lung.shape[2] // 2
+    lung[np.ix_(open_slices, np.ones(lung.shape[1], dtype=bool), left)] = False
+    assert field_cuts(seen, lung) == ("left",)
+
+
+def test_an_empty_mask_has_no_cut(scan_and_truth):
+    scan, truth = scan_and_truth
+    assert field_cuts(scan, np.zeros_like(truth)) == ()

@@ -7,12 +7,13 @@ on the scan's own grid, which is oriented to LPS.
 
 from fourdvq.preprocessing.segmentation.body import filled_body
 from fourdvq.preprocessing.segmentation.field_of_view import field_cuts
-from fourdvq.preprocessing.segmentation.methods import SEGMENTERS, Segmenter, check_weights, segmenter
+from fourdvq.preprocessing.segmentation.methods import NEED_WEIGHTS, SEGMENTERS, Segmenter, check_weights, segmenter
 from fourdvq.preprocessing.segmentation.provided import provided_mask
 from fourdvq.preprocessing.segmentation.sides import LungSides, lung_sides
 from fourdvq.preprocessing.segmentation.threshold import threshold_mask
 
 __all__ = [
+    "NEED_WEIGHTS",
     "SEGMENTERS",
     "LungSides",
     "Segmenter",

@@ -7,9 +7,7 @@ the run there and never halfway through a cohort.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,9 +16,6 @@ from fourdvq.errors import ModelError
 from fourdvq.preprocessing.profile import SegmentationSpec
 from fourdvq.preprocessing.segmentation.provided import provided_mask
 from fourdvq.preprocessing.segmentation.threshold import threshold_mask
-
-if TYPE_CHECKING:
-    from fourdvq.preprocessing.segmentation.r231 import R231
 
 Segmenter = Callable[[Volume, Volume | None], np.ndarray]
 _FETCH = (
@@ -69,21 +64,15 @@ def _provided(spec: SegmentationSpec, weights: Path | None, device: str) -> Segm
 
 def _r231(spec: SegmentationSpec, weights: Path | None, device: str) -> Segmenter:
     check_weights(spec, weights)
-    network = _loaded(Path(weights or ""), spec.weights_sha256, device, spec.step_mm)
+    from fourdvq.preprocessing.segmentation.r231 import R231
+
+    network = R231(Path(weights or ""), sha256=spec.weights_sha256, device=device, step_mm=spec.step_mm)
 
     def mask(scan: Volume, provided: Volume | None) -> np.ndarray:
         del provided  # as above
         return network.mask(scan)
 
     return mask
-
-
-@lru_cache(maxsize=1)
-def _loaded(weights: Path, sha256: str, device: str, step_mm: float | None) -> R231:
-    """The network, once per process: a worker takes many patients. `sha256` fixes the bytes, so it stays true."""
-    from fourdvq.preprocessing.segmentation.r231 import R231
-
-    return R231(weights, sha256=sha256, device=device, step_mm=step_mm)
 
 
 SEGMENTERS: dict[str, Callable[[SegmentationSpec, Path | None, str], Segmenter]] = {

@@ -1,6 +1,6 @@
 """Lung mask by the network lungmask R231, which was trained on severe disease: fibrosis and effusions stay inside.
 
-The publication's method (section 2.1; Hofmanninger et al. 2020). The weights are the file that the authors published,
+The publication's method (Hofmanninger et al. 2020). The weights are the file that the authors published,
 known by its sha256, and never fetched during a run. They pass the one door for foreign weight files into tensors, and
 the network here is our own statement of theirs (docs/decisions/0010): the package itself would read the file as a
 pickle, silence all warnings of the process and choose the device on its own.
