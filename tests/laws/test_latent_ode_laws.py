@@ -136,3 +136,50 @@ def test_without_skip_the_prediction_does_not_start_from_a_scan():
     torch.nn.init.zeros_(model.projector.weight)
     torch.nn.init.zeros_(model.projector.bias)
     assert not predict(model, [0.0, 1.0], [1.0, 2.0]).any()
+
+
+AWARE = {"velocity_input": True, "lung_context": True, "initial_state": "variational"}
+
+
+def test_a_model_that_sees_rate_and_whole_lung_keeps_the_laws_of_a_prediction():
+    model = small_ode(**AWARE).double()
+    z, t, observed = patients(2, [0.0, 0.9, 2.0])
+    z, t = z.double(), t.double()
+    t[1] = torch.tensor([0.3, 0.7, 9.0])
+    observed[1, 2] = False
+    s = torch.tensor([[2.0, 3.5], [0.7, 1.9]]).double()
+    lung = torch.zeros(2, *z.shape[3:], dtype=torch.bool)
+    lung[0, 1:, 1:3], lung[1, :2, :3] = True, True
+    with torch.no_grad():
+        together = model(z, t, observed, s, lung)
+        for b in range(2):
+            part = slice(b, b + 1)
+            alone = model(z[part], t[part], observed[part], s[part, 1:], lung[part])[0]
+            torch.testing.assert_close(together[b, 1:], alone, atol=1e-10, rtol=0)
+        changed = torch.where(lung[:, None, None], z, 7.0)
+        changed[1, 2] = 5.0  # a scan that is not observed
+        torch.testing.assert_close(model(changed, t, observed, s, lung), together, atol=1e-10, rtol=0)
+    assert torch.equal(together[0, 0], z[0, 2] * lung[0])
+
+
+def test_the_rate_that_the_encoder_sees_is_the_change_per_year():
+    """Twice the time between the same two scans is half the rate: the dynamics' start differs, and by nothing else."""
+    model = small_ode(velocity_input=True, lung_context=True)
+    z, t, observed = patients(1, [0.0, 1.0])
+    still = z[:, :1].expand(-1, 2, *z.shape[2:]).clone()
+    with torch.no_grad():
+        slow, fast = (model.initial_state(z, t * k, observed).h for k in (2.0, 1.0))
+        a, b = (model.initial_state(still, t * k, observed).h for k in (2.0, 1.0))
+    assert (slow - fast).abs().max() > 1e-3
+    assert torch.equal(a, b)
+
+
+def test_one_scan_has_no_rate():
+    model = small_ode(**AWARE)
+    z, t, observed = patients(1, [0.0, 1.0])
+    observed[0, 1] = False
+    other = z.clone()
+    other[0, 1] = 3.0
+    s = torch.tensor([[2.0]])
+    with torch.no_grad():
+        assert torch.equal(model(z, t, observed, s), model(other, t, observed, s))
