@@ -156,4 +156,4 @@ def test_grids_cover_their_box_and_resampling_onto_the_own_grid_changes_nothing(
 
 
 def test_the_table_of_backends_names_what_a_profile_may_ask_for():
-    assert set(BACKENDS) == {"demons", "affine", "none"}
+    assert set(BACKENDS) == {"corrfield", "demons", "affine", "none"}

@@ -72,7 +72,14 @@ def _demons(pair: AlignedPair, spec: RegistrationSpec, device: str) -> FoundFiel
     return demons_field(pair, spec, device)
 
 
+def _corrfield(pair: AlignedPair, spec: RegistrationSpec, device: str) -> FoundField:
+    from fourdvq.preprocessing.registration.corrfield import corrfield_field  # brings torch
+
+    return corrfield_field(pair, spec, device)
+
+
 BACKENDS: dict[str, Backend] = {
+    "corrfield": Backend(affine=True, field=_corrfield),
     "demons": Backend(affine=True, field=_demons),
     "affine": Backend(affine=True),
     "none": Backend(affine=False),
