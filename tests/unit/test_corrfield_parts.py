@@ -157,12 +157,12 @@ def test_keypoints_stay_in_the_eroded_mask_spread_out_and_below_the_limit():
     image = torch.from_numpy(rng.normal(-800, 60, (62, 62, 62)).astype(np.float32))
     mask = torch.zeros((62, 62, 62), dtype=torch.bool)
     mask[5:57, 5:57, 5:57] = True
-    found = keypoints(image, mask, sigma=1.4, window=2, most=5000)
+    found = keypoints(image, mask, sigma=1.4, window=1, most=5000)
     assert (found >= 6).all()
     assert (found <= 55).all()
     apart = torch.cdist(found.double(), found.double(), p=torch.inf).fill_diagonal_(99)
-    assert apart.min() > 2
-    assert 100 <= len(keypoints(image, mask, sigma=1.4, window=2, most=300)) <= 300
+    assert apart.min() > 1
+    assert 100 <= len(keypoints(image, mask, sigma=1.4, window=1, most=300)) <= 300
 
 
 def test_too_few_keypoints_are_refused_and_a_constant_image_has_none():
@@ -172,7 +172,7 @@ def test_too_few_keypoints_are_refused_and_a_constant_image_has_none():
     small[5:11, 5:11, 5:11] = True
     for values, mask in ((image, small), (torch.full_like(image, -1000.0), torch.ones_like(small))):
         with pytest.raises(RegistrationError, match="E_REG"):
-            keypoints(values, mask, sigma=1.4, window=2, most=5000)
+            keypoints(values, mask, sigma=1.4, window=1, most=5000)
 
 
 def test_composed_fields_move_points_one_after_the_other():
