@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fourdvq.data.dicom_file import SECONDARY_CAPTURE, SliceHeader, read_headers
+from fourdvq.data.dicom_file import CT_CLASSES, SECONDARY_CAPTURE, SliceHeader, read_headers
 from fourdvq.data.limits import ARCHIVE_SUFFIXES
 from fourdvq.data.walk import walk_files
 from fourdvq.errors import VolumeError
@@ -33,7 +33,8 @@ _SIDEWAYS_MM = 0.5
 class SeriesCandidate:
     """Images that form one volume, as far as headers tell; `warnings` are W_ codes.
 
-    `strays` are images that are not part of it although they lie where one of its slices is missing.
+    `strays` are images of its folders that are not part of it although they lie where one of its slices is missing, or
+    do not say where they lie.
     """
 
     slices: tuple[SliceHeader, ...]
@@ -173,12 +174,11 @@ def _same_direction(a: SliceHeader, b: SliceHeader) -> bool:
 
 
 def _with_strays(candidates: list[SeriesCandidate], aside: list[SliceHeader]) -> list[SeriesCandidate]:
-    """Each candidate with the images of its folders that lie where it lacks a slice."""
+    """Each candidate with the images of its folders that lie where it lacks a slice, or anywhere."""
     loose: dict[Path, list[SliceHeader]] = {}
     small = [s for c in candidates if len(c.slices) <= FRAGMENT_SLICES for s in c.slices]
-    for s in [*small, *aside]:
-        if s.position is not None:
-            loose.setdefault(s.path.parent, []).append(s)
+    for s in [*small, *(s for s in aside if s.position is not None or s.sop_class in CT_CLASSES)]:
+        loose.setdefault(s.path.parent, []).append(s)
     if not loose:
         return candidates
     return [replace(c, strays=_strays_of(c, loose)) if len(c.slices) > FRAGMENT_SLICES else c for c in candidates]
@@ -196,6 +196,9 @@ def _strays_of(candidate: SeriesCandidate, loose: dict[Path, list[SliceHeader]])
     line = (last - first) / max(float(places[-1] - places[0]), 1e-6)
     found = []
     for s in near:
+        if s.position is None:
+            found.append(s)
+            continue
         offset = np.array(s.position) - first
         along = float(offset @ normal)
         step = along / max(spacing, 1e-6)

@@ -22,6 +22,8 @@ from fourdvq.data.limits import shown
 from fourdvq.errors import VolumeError
 
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+CT_CLASSES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1")  # CT image, enhanced CT image
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 MAX_INFLATED = 1 << 26  # of a deflated file: a CT slice is 0.5 MB, a multi-frame file is not stored this way
 _PIXEL_DATA = b"\xe0\x7f\x10\x00"
 _UNDEFINED = 0xFFFFFFFF
@@ -106,8 +108,9 @@ def read_headers(path: Path) -> tuple[SliceHeader, ...]:
 
     Raises VolumeError E_CORRUPT for a DICOM file that cannot be read, E_BOMB for a deflated one that never ends.
     """
+    named = path.name.lower().endswith(DICOM_SUFFIXES)
     with path.open("rb") as stream:
-        kind = _sniff(stream.read(144))
+        kind = _sniff(stream.read(144), named=named)
         if kind == "other":
             return ()
         try:
@@ -121,21 +124,20 @@ def read_headers(path: Path) -> tuple[SliceHeader, ...]:
             raise
         except Exception as error:  # a damaged header fails in many ways inside pydicom; all mean the same here
             found = type(error).__name__
-    if kind == "bare":
+    if kind == "bare" and not named:
         return ()
     raise VolumeError("E_CORRUPT", where=shown(path), found=found)
 
 
-def _sniff(head: bytes) -> str:
-    """preamble, bare (a data set without preamble), damaged, or other."""
+def _sniff(head: bytes, *, named: bool) -> str:
+    """preamble, bare (a data set without preamble), damaged (by its remains or by its name), or other."""
     if head[128:132] == b"DICM":
         return "preamble"
     if _starts_data_set(head):
         return "bare"
     meta_follows = head[132:136] == b"\x02\x00\x00\x00" and head[136:138] == b"UL"
-    if meta_follows or sum(a == b for a, b in zip(head[128:132], b"DICM", strict=False)) >= 3:
-        return "damaged"
-    return "other"
+    nearly = sum(a == b for a, b in zip(head[128:132], b"DICM", strict=False)) >= 3
+    return "damaged" if meta_follows or nearly or b"DICM" in head or not any(head) or named else "other"
 
 
 def _starts_data_set(head: bytes) -> bool:

@@ -135,8 +135,8 @@ def _code_streams(s: SliceHeader) -> list[bytes]:
         frames = list(generate_frames(data, number_of_frames=s.frames))
     except Exception as error:  # pydicom names its reasons by many types; the file is damaged in all of them
         raise _corrupt(s, f"fragments that cannot be read ({type(error).__name__})") from None
-    if len(frames) != s.frames:
-        raise _corrupt(s, f"{len(frames)} of {s.frames} images")
+    if len(frames) != s.frames or min(map(len, frames)) < 2:
+        raise _corrupt(s, f"{sum(len(f) > 1 for f in frames)} of {s.frames} images")
     return frames
 
 

@@ -18,7 +18,7 @@ from fourdvq.data.burnt_text import has_burnt_text
 from fourdvq.data.dicom import SeriesCandidate
 from fourdvq.data.dicom_file import SliceHeader
 from fourdvq.data.limits import HU_MAX, HU_MIN, ReaderLimits, shown
-from fourdvq.data.pixels import raw_image, slice_hu, stack_hu, to_hu
+from fourdvq.data.pixels import is_compressed, raw_image, stack_hu, to_hu
 from fourdvq.data.stack import SliceStack, build_stack
 from fourdvq.data.technical import TechnicalTags, is_expiratory, technical_tags
 from fourdvq.data.volume import Volume, VolumeLimits, from_image, to_image
@@ -167,21 +167,20 @@ def _check_hounsfield(hu: np.ndarray, where: str) -> None:
 
 
 def _check_scales(stack: SliceStack, hu: np.ndarray) -> None:
-    """A slice whose scale only it has must look more like its neighbours with it than with everybody's scale.
+    """A slice with a scale that hardly any other has must look more like its neighbours with it than with theirs.
 
     A damaged RescaleSlope or RescaleIntercept is a number like any other; the pixels alone can tell.
     """
-    scales = Counter(_scale(s) for s in stack.slices)
-    usual, count = scales.most_common(1)[0]
-    if len(scales) == 1 or len(stack.slices) - count > ODD_SCALES:
+    counts = Counter(_scale(s) for s in stack.slices)
+    usual = [scale for scale, count in counts.items() if count > ODD_SCALES]
+    if len(counts) == 1 or not usual:
         return
     for i, s in enumerate(stack.slices):
-        if _scale(s) == usual:
+        if _scale(s) in usual:
             continue
         beside = np.mean([hu[k] for k in (i - 1, i + 1) if 0 <= k < len(hu)], axis=0)
-        as_usual = to_hu(raw_image(s), s, usual) if s.pixels.length != -1 else _rescaled(s, usual)
-        own, other = (float(np.abs(values - beside).mean()) for values in (hu[i], as_usual))
-        if own > 0.5 * other:
+        own = float(np.abs(hu[i] - beside).mean())
+        if own > 0.5 * min(float(np.abs(_rescaled(s, scale, hu[i]) - beside).mean()) for scale in usual):
             found = f"slope {s.slope:g} and intercept {s.intercept:g}, which the pixels do not bear out"
             raise VolumeError("E_RESCALE", where=shown(s.path), found=found, wanted="the scale of the other slices")
 
@@ -190,10 +189,12 @@ def _scale(s: SliceHeader) -> tuple[float, float]:
     return s.slope or 1.0, s.intercept or 0.0
 
 
-def _rescaled(s: SliceHeader, scale: tuple[float, float]) -> np.ndarray:
-    """A decoded slice with another scale than its own."""
-    own = slice_hu(s).astype(np.float64)
-    raw = (own - (s.intercept or 0.0)) / (s.slope or 1.0)
+def _rescaled(s: SliceHeader, scale: tuple[float, float], hu: np.ndarray) -> np.ndarray:
+    """The slice with another scale than its own; of one that is compressed, from its HU."""
+    if not is_compressed(s):
+        return to_hu(raw_image(s), s, scale)
+    slope, intercept = _scale(s)
+    raw = (hu.astype(np.float64) - intercept) / slope
     return np.asarray(np.clip(np.rint(raw * scale[0] + scale[1]), HU_MIN, HU_MAX))
 
 
