@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fourdvq.data import phantom
 from fourdvq.data.volume import Volume
 from fourdvq.errors import VolumeError
 from fourdvq.preprocessing.profile import SegmentationSpec
@@ -88,6 +89,14 @@ def test_the_profiles_threshold_is_the_one_that_is_used(scan_and_truth):
     np.testing.assert_array_equal(loose, threshold_mask(scan, air_hu=-320.0))
     assert loose.sum() > tight.sum() > 0
     assert not (tight & ~loose).sum() > 0.01 * tight.sum()
+
+
+@pytest.mark.parametrize("extent", [0.25, 0.5])
+def test_fibrosis_under_the_pleura_stays_in_the_mask(extent):
+    """Most patients of the phantom have a quarter of the lung ill, and hardly one more than half."""
+    patient = phantom.draw_patients(1, 7, size=(48, 96, 96))[0]
+    scan = phantom.scan(patient, replace(patient.visits[-1], extent=extent))
+    assert overlap(threshold_mask(scan.volume), scan.lung) >= 0.95
 
 
 # --- the field of view -------------------------------------------------------------------------------------------
