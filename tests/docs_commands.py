@@ -102,6 +102,9 @@ SERVER: dict[str, Note] = {
     "sites": Note("sites"),
     "serve": Note("serve", "1 a port is taken, or another process holds the door; 5 another version of Flower"),
     "demo": Note("demo --quick --out demo", "75 a round got too few replies: the same command goes on"),
+    "ablate": Note(
+        "ablate --table 1 --quick --out ablation", "75 a round got too few replies: the same command goes on"
+    ),
     "experiments": Note("experiments"),
     "plan": Note("plan experiment=fast federation.rounds=40 -o plan.json"),
     "show-config": Note("show-config experiment=paper_code"),

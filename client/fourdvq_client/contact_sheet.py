@@ -110,7 +110,7 @@ def _picture(path: Path, row: Mapping[str, str]) -> str:
         return ""
     data = base64.b64encode(path.read_bytes()).decode()
     about = f"quality pictures of scan {row['pseudonym']}/{row['index']}"
-    image = f'<img alt="{html.escape(about)}" decoding="async" src="data:image/jpeg;base64,{data}">'
+    image = f'<img alt="{html.escape(about)}" src="data:image/jpeg;base64,{data}">'
     return f'<tr class="picture"><td colspan="{len(_COLUMNS)}">{image}</td></tr>'
 
 

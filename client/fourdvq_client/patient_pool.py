@@ -237,8 +237,9 @@ class _Pool:
         worker.pipe.close()
 
     def _hold_to_limits(self) -> None:
+        """Stop who takes too long, or the largest if all take too much; a scan must be in hand to answer for it."""
         now = time.monotonic()
-        busy = [w for w in self.workers if w.job is not None and not w.killed_for]
+        busy = [w for w in self.workers if w.job is not None and w.step is not None and not w.killed_for]
         for worker in busy:
             if now - worker.since > self.limits.scan_seconds:
                 self._stop(worker, "E_SLOW")

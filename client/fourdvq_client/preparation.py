@@ -302,7 +302,7 @@ def _readers(workspace: Workspace) -> ReaderLimits:
     from fourdvq_client.policy import load_policy
 
     limits = load_policy(workspace.policy_yaml).rules.limits
-    return ReaderLimits(limits.max_voxels, limits.spacing_mm, limits.decode_memory_mb)
+    return ReaderLimits(max_voxels=limits.max_voxels, decode_memory_mb=limits.decode_memory_mb)
 
 
 def _summary(results: Sequence[PatientResult], **facts: object) -> PreparationSummary:

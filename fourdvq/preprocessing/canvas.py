@@ -14,16 +14,15 @@ ACCENT = (255, 110, 60)
 _GAP = 10
 _LINE = 18  # height of a line of text
 _BACK, _TEXT, _FAINT = (20, 20, 22), (236, 236, 236), (150, 150, 150)
-_JPEG_QUALITY = 82
+_JPEG_QUALITY = 72  # 100 kB a pair: a sheet of 700 scans stays near 100 MB
 
 Colour = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A colour scale below a panel: its unit, ticks as (place from 0 to 1, text), and the colours of 0 to 1."""
+    """A colour scale below a panel: ticks as (place from 0 to 1, text), and the colours of 0 to 1."""
 
-    unit: str
     ticks: tuple[tuple[float, str], ...]
     colours: Callable[[np.ndarray], np.ndarray]
 
@@ -64,15 +63,17 @@ def histogram(series: Sequence[tuple[np.ndarray, Colour]], span: tuple[float, fl
         draw.line((x, 0, x, height), fill=(58, 58, 64))
         if value % 400 == -1000 % 400:
             draw.text((min(max(x, 18), width - 18), height + 9), str(value), _FAINT, font=_font(11), anchor="mm")
-    for values, colour in series:
+    for drawn, (values, colour) in enumerate(series):
         counts, _ = np.histogram(values, bins=width // 2, range=span)
         shares = counts / max(1, counts.max())
-        draw.line([(2 * i, float((1 - s) * (height - 6) + 3)) for i, s in enumerate(shares)], fill=colour, width=2)
+        line = [(2 * i, float((1 - s) * (height - 6) + 3)) for i, s in enumerate(shares)]
+        draw.line(line, fill=colour, width=2 if drawn else 4)  # the first stays to be seen below an equal second
     return Panel(caption, np.array(page))
 
 
 def text_panel(lines: Sequence[tuple[str, Colour | None]]) -> Panel:
-    """Lines of text, those with a colour behind a swatch of it."""
+    """Lines of text, those with a colour behind a swatch of it; long lines are wrapped at their spaces."""
+    lines = [(part, colour) for text, colour in lines for part in (_wrapped(text) if colour is None else [text])]
     page = Image.new("RGB", (PANEL, _LINE * max(1, len(lines)) + 4), _BACK)
     draw = ImageDraw.Draw(page)
     for i, (text, colour) in enumerate(lines):
@@ -81,6 +82,17 @@ def text_panel(lines: Sequence[tuple[str, Colour | None]]) -> Panel:
             draw.rectangle((2, y + 3, 14, y + 14), fill=colour)
         draw.text((20 if colour is not None else 2, y + 1), text, _TEXT, font=_font(13))
     return Panel("", np.array(page))
+
+
+def _wrapped(text: str) -> list[str]:
+    font, lines = _font(13), [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= PANEL - 4:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def _row_height(row: Sequence[Panel]) -> int:
@@ -107,8 +119,7 @@ def _draw_scale(page: Image.Image, draw: ImageDraw.ImageDraw, scale: Scale, plac
     for at, text in scale.ticks:
         x = left + at * (width - 1)
         anchor = "lm" if at == 0 else "rm" if at == 1 else "mm"
-        shown = f"{text} {scale.unit}" if at == 1 else text
-        draw.text((x, top + 18), shown, _TEXT, font=_font(12), anchor=anchor)
+        draw.text((x, top + 18), text, _TEXT, font=_font(12), anchor=anchor)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

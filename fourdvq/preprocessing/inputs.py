@@ -7,14 +7,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fourdvq.data.cohort import Cohort
 from fourdvq.data.files import content_sha256, file_sha256, write_atomic
 from fourdvq.data.limits import ReaderLimits
+from fourdvq.data.metaimage import files_of
 from fourdvq.data.technical import TechnicalTags
-from fourdvq.data.volume import Volume, read_mask, read_volume
 from fourdvq.preprocessing.profile import LimitsSpec
+
+if TYPE_CHECKING:
+    from fourdvq.data.volume import Volume
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ def load_input(
     Of a DICOM folder exactly the series is read that the scan names. Raises VolumeError with the code of the first
     fault.
     """
+    from fourdvq.data.volume import read_mask, read_volume
+
     readers = readers or ReaderLimits()
     mask = read_mask(scan.mask_path, readers=readers) if with_mask and scan.mask_path is not None else None
     if scan.kind == "image":
@@ -138,7 +143,9 @@ def source_key(scan: ScanInput) -> str:
 
 
 def _sources(scan: ScanInput) -> tuple[Path | tuple[Path, ...] | None, ...]:
-    return scan.files or scan.path, scan.mask_path
+    # The voxels of an .mhd lie in another file, and a change of them is a change of the scan.
+    files = files_of(scan.path) if scan.path.suffix.lower() == ".mhd" else scan.files
+    return files or scan.path, scan.mask_path
 
 
 def _files_in(path: Path) -> list[Path]:

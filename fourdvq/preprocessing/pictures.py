@@ -18,6 +18,7 @@ from fourdvq.preprocessing.canvas import ACCENT, PANEL, Panel, Scale, canvas, hi
 
 WINDOW_HU = (-1000.0, 0.0)
 HISTOGRAM_HU = (-1024.0, 200.0)
+GAMMA = 0.7
 DIM = 0.35
 AXIAL_AT = (0.75, 0.5, 0.25)  # of the mask's extent along z
 AXIAL_NAMES = ("upper", "middle", "lower")
@@ -143,11 +144,11 @@ def _outlined(hu: np.ndarray, mask: np.ndarray, spacing: Sequence[float]) -> np.
 def _field_row(length_mm: np.ndarray, log_j: np.ndarray, mask: np.ndarray, cuts: _Cuts) -> list[Panel]:
     reach = float(np.percentile(length_mm[mask], 99)) if mask.any() else 0.0
     full = next((mm for mm in _MOVEMENT_MM if reach <= mm), _MOVEMENT_MM[-1])
-    moved = Scale("mm", tuple((f / 2, f"{full * f / 2:g}") for f in range(3)), _colours(_DEEP))
-    grown = Scale("times its volume", ((0.0, "1/2"), (0.5, "1"), (1.0, "2")), _colours(_WARM))
+    moved = Scale(tuple((f / 2, f"{full * f / 2:g}") for f in range(3)), _colours(_DEEP))
+    grown = Scale(((0.0, "1/2"), (0.5, "1"), (1.0, "2")), _colours(_WARM))
     parts = (
-        ("movement", length_mm / full, moved),
-        ("growth", (log_j / np.log(2.0) + 1.0) / 2.0, grown),
+        ("movement in mm", length_mm / full, moved),
+        ("volume, times baseline", (log_j / np.log(2.0) + 1.0) / 2.0, grown),
     )
     row = []
     for name, share, scale in parts:
@@ -181,9 +182,9 @@ def _merge(baseline: np.ndarray, follow_up: np.ndarray) -> np.ndarray:
 
 
 def _grey(hu: np.ndarray) -> np.ndarray:
-    """HU as 0 to 255 float in the lung window."""
+    """HU as 0 to 255 float in the lung window; air-filled lung is lifted out of the dark."""
     low, high = WINDOW_HU
-    grey: np.ndarray = np.clip((hu.astype(np.float32) - low) / (high - low), 0, 1) * 255
+    grey: np.ndarray = np.clip((hu.astype(np.float32) - low) / (high - low), 0, 1) ** GAMMA * 255
     return grey
 
 

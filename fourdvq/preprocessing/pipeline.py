@@ -296,6 +296,7 @@ class _Patient:
         if record is None or suspect == added or (suspect and "V_EXPIR" in result.codes):
             return result
         codes = [c for c in result.codes if c != "V_EXPIR"] + (["V_EXPIR"] if suspect else [])
+        codes.sort(key=lambda code: "EVW".index(code[0]))  # stable: the gravest first, as they were found
         grade = grade_of(codes, result.qc["pair"]["grade"] if result.qc.get("pair") else "PASS")
         record |= _outcome(codes, grade) | {"less_lung": suspect}
         write_record(folder, record, result.qc | {"codes": codes, "grade": grade})

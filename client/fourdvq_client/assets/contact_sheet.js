@@ -33,11 +33,13 @@ function sort(header) {
   const number = !header.classList.contains("word");
   const key = (scan) => {
     const text = scan.rows[0].cells[column].textContent.trim();
-    return number ? (text === "" ? Infinity : Number(text)) : text;
+    return number ? Number(text) : text;
   };
-  const order = (a, b) => (a < b ? -1 : a > b ? 1 : 0);
-  const sorted = scans.map((scan) => [key(scan), scan]).sort((a, b) => order(a[0], b[0]) * (down ? -1 : 1));
-  table.append(...sorted.map((pair) => pair[1]));
+  const empty = (scan) => scan.rows[0].cells[column].textContent.trim() === "";
+  const order = (a, b) => (a < b ? -1 : a > b ? 1 : 0) * (down ? -1 : 1);
+  const sorted = scans.map((scan) => [empty(scan), key(scan), scan])
+    .sort((a, b) => a[0] - b[0] || order(a[1], b[1]));  // what has no value comes last either way
+  table.append(...sorted.map((row) => row[2]));
 }
 
 function mark(scan, what) {
