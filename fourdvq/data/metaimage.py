@@ -16,6 +16,7 @@ import numpy as np
 from fourdvq.data.image_header import ImageHeader, check_announced, check_voxel_bytes
 from fourdvq.data.limits import ReaderLimits
 from fourdvq.data.text_header import TextHeader
+from fourdvq.errors import VolumeError
 
 _TYPES = {
     "MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4", "MET_UINT": "u4",
@@ -36,14 +37,26 @@ def check_metaimage(path: Path, limits: ReaderLimits) -> ImageHeader:
         if named == "LOCAL":
             _check_data(stream, text, header, path)
             return header
-    beside = path.with_name(named)
-    if path.suffix.lower() != ".mhd" or not _PLAIN_NAME.fullmatch(named) or beside.is_symlink():
+    plain = path.suffix.lower() == ".mhd" and _PLAIN_NAME.fullmatch(named) is not None
+    if not plain or path.with_name(named).is_symlink():
         raise text.unusable("data in another file", "the data in the file itself, or in one .raw file beside an .mhd")
+    beside = path.with_name(named)
     if not beside.is_file():
         raise text.broken("no file with the data beside it")
     with beside.open("rb") as stream:
         _check_data(stream, text, header, path)
     return header
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The header file, and the one file beside it that an .mhd may name, if it can be told."""
+    try:
+        with path.open("rb") as stream:
+            named = _read(stream, path).fields["elementdatafile"]
+    except (OSError, VolumeError):
+        return (path,)
+    beside = path.with_name(named) if _PLAIN_NAME.fullmatch(named) else path
+    return (path, beside) if beside != path and beside.is_file() else (path,)
 
 
 def _read(stream: BinaryIO, path: Path) -> TextHeader:
