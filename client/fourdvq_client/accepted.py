@@ -22,6 +22,7 @@ from fourdvq.wire.messages import Task, TaskEnvelope
 from fourdvq_client.policy import BEFORE_APPROVAL
 
 _KEPT_TASK_IDS = 4096
+TRAINING = "train."  # what counts as a round of training; a survival analysis has hundreds of steps
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class AcceptedRounds:
         if task.kind in BEFORE_APPROVAL:
             self._store(envelope.run, RunRecord(**{**vars(record), "task_ids": ids}))
             return
-        trained = record.trained + int(task.trains)
+        trained = record.trained + int(task.kind.startswith(TRAINING))
         self._store(envelope.run, RunRecord(envelope.round, envelope.parent, False, trained, ids))
 
     def release(self, envelope: TaskEnvelope, kind: str) -> None:

@@ -27,7 +27,7 @@ from fourdvq.wire.messages import (
     TaskEnvelope,
     reply_types,
 )
-from fourdvq_client.accepted import AcceptedRounds
+from fourdvq_client.accepted import TRAINING, AcceptedRounds
 from fourdvq_client.audit import AuditLog, Entry, bucket
 from fourdvq_client.code_identity import Installed, check_code
 from fourdvq_client.egress import Context, Outcome, clear
@@ -142,7 +142,8 @@ class Guard:
         check_code(policy, self._facts.installed())
         plan = self._approved_plan(kind, envelope, policy)
         self._rounds.check(envelope, kind)
-        if task_type.trains and self._rounds.record(envelope.run).trained >= policy.cohort.max_rounds:
+        training = task_type.kind.startswith(TRAINING)
+        if training and self._rounds.record(envelope.run).trained >= policy.cohort.max_rounds:
             raise Refused("FIELD_OUT_OF_BOUNDS", where="rounds", wanted=f"at most {policy.cohort.max_rounds}")
         task = _unpack_task(records, task_type)
         self._check_content(task, envelope, plan, policy)

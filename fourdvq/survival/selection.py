@@ -179,7 +179,7 @@ def _selection_steps(hello: HelloRequest, settings: Settings, rule: PaperRule, p
         folds_digest="",
         rounds=fits.rounds,
         bytes_up=0,
-        warnings=_warnings(study, rule, len(ranked), permutations),
+        warnings=(*_warnings(study, rule, len(ranked), permutations), *_by_wald_alone(rule, fits, ranked)),
     )
 
 
@@ -276,6 +276,17 @@ def _warnings(study: Study, rule: PaperRule, found: int, permutations: int) -> t
     if not permutations:
         notes.append("permutation P: not computed")
     return tuple(notes)
+
+
+def _by_wald_alone(rule: PaperRule, fits: Fits, ranked: I64) -> tuple[str, ...]:
+    """Selected codes that the likelihood-ratio p would not have kept: in rare and skewed shares the Wald test of a code
+    is below its p too often, and most codes that noise selects are of this kind."""
+    p = lr_p(fits, fits.log_likelihood[:, -1])
+    doubtful = [str(code) for code in ranked if not (p[:, code] < rule.max_p).all()]
+    if rule.p_value != "wald" or not doubtful:
+        return ()
+    codes = ", ".join(doubtful)
+    return (f"by Wald p alone, not by likelihood-ratio p (survival.rule.p_value=lr): code {codes}",)
 
 
 def _check(rule: PaperRule, folds: int, fold_mode: str, baseline: str, ties: str, permutations: int) -> None:

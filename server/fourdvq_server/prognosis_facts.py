@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from fourdvq.survival.run import ModelResult
 from fourdvq.survival.selection import Z95
 from fourdvq.survival.small_sample import banner
 
-PH_TRANSFORM = "log"
+PH_TRANSFORM: Final = "log"
 GROUPS_NOTE = (
     "risk above or below that of the training mean; the curves are of the patients that the model was fitted on, and "
     "so they and the calibration are better than on new patients"

@@ -16,19 +16,20 @@ import numpy as np
 
 from fourdvq.config import to_plain
 from fourdvq.data.files import write_atomic
-from fourdvq.errors import ConfigError, Refused
-from fourdvq.plan import PaperRule
-from fourdvq.survival.curves import CurveRun
+from fourdvq.errors import ConfigError, Refused, SurvivalError
+from fourdvq.plan import PaperRule, SurvivalSpec
+from fourdvq.survival.curves import CurveRun, RiskGroupRun, steps_of
 from fourdvq.survival.disclosure import Policy, RunRegister, small_count
 from fourdvq.survival.kaplan_meier import KmCurve
 from fourdvq.survival.messages import HelloRequest, combine
-from fourdvq.survival.run import CoxRun, Settings
+from fourdvq.survival.run import CoxRun, ModelRun, Settings
 from fourdvq.survival.selection import Selection, SelectionRun
 from fourdvq.survival.small_sample import Assessment, assess_model
 from fourdvq.survival.state import CoxSiteState
 from fourdvq.survival.table import CoxSite
 from fourdvq_server.biomarker_files import RECORD, write_biomarkers
 from fourdvq_server.biomarker_tables import TableSites
+from fourdvq_server.prognosis_facts import PH_TRANSFORM, group_facts, model_facts, score_of
 from fourdvq_server.stages.survival import SHARED, TABLE, biomarker_rows
 from fourdvq_server.store import write_json
 
@@ -63,7 +64,8 @@ def select_over_tables(tables: TableSites, options: TableOptions, out: Path) -> 
     _drive(run, states)
     selection = run.finished([state.card() for state in states])
     curve, no_curve = _curve(tables.sites, options, settings)
-    record = _record(tables, options, selection, no_curve)
+    further, no_model = _prognosis(tables, options, settings, selection.selected)
+    record = {**_record(tables, options, selection, (no_curve, no_model)), **further}
     out.mkdir(parents=True, exist_ok=True)
     table = selection.table.assign(biomarker=[tables.biomarkers[code] for code in selection.table["code"]])
     write_atomic(out / TABLE, table.to_csv(index=False).encode())
@@ -126,19 +128,38 @@ def _curve(sites: Sequence[CoxSite], options: TableOptions, settings: Settings) 
         return None, f"no Kaplan-Meier curve: {refusal.where}"
 
 
+def _prognosis(
+    tables: TableSites, options: TableOptions, settings: Settings, codes: tuple[int, ...]
+) -> tuple[dict[str, Any], str]:
+    """The model of the selected biomarkers and its risk groups, or why one of them is missing."""
+    found: dict[str, Any] = {"model": {}, "risk_groups": {}}
+    if not codes:
+        return found, ""
+    names = [*(tables.biomarkers[code] for code in codes), *(LABELS[name] for name in tables.sites[0].names)]
+    ridge = SurvivalSpec().ridge
+    hello = HelloRequest(folds=0, codes=codes, purpose="multivariable")
+    try:
+        fitted = _drive(ModelRun(hello, settings, ridge=ridge, ph=PH_TRANSFORM), _states(tables.sites, options))
+        if fitted.fits.status[0, -1] != "ok":
+            return found, f"no model of the selected biomarkers: {fitted.fits.status[0, -1]}"
+        found["model"] = model_facts(fitted, names, ridge)
+        groups = RiskGroupRun(dataclasses.replace(hello, purpose="km"), settings, score_of(found["model"]))
+        found["risk_groups"] = group_facts(_drive(groups, _states(tables.sites, options)))
+    except (Refused, SurvivalError) as error:
+        return found, f"no {'risk groups' if found['model'] else 'model'} of the selected biomarkers: {error.where}"
+    return found, ""
+
+
 def _curve_chart(curve: KmCurve) -> str:
     from fourdvq.reports.charts import step_chart
 
-    years = (curve.edges / 365.25).tolist()
-    shown = {
-        "all sites": (years, curve.survival.tolist()),
-        "95 % low": (years, curve.low.tolist()),
-        "95 % high": (years, curve.high.tolist()),
-    }
+    years, values = steps_of(curve)
+    titles = {"survival": "all sites", "low": "95 % low", "high": "95 % high"}
+    shown = {titles[name]: (years, series) for name, series in values.items()}
     return step_chart(shown, title="Survival on bins that every site accepts", x_label="years", y_label="alive")
 
 
-def _record(tables: TableSites, options: TableOptions, selection: Selection, no_curve: str) -> dict[str, Any]:
+def _record(tables: TableSites, options: TableOptions, selection: Selection, missing: Sequence[str]) -> dict[str, Any]:
     rows = [{**row, "code": tables.biomarkers[row["code"]]} for row in biomarker_rows(selection)]
     notes = [SHARED] if options.baseline == "shared" else []
     notes += [] if options.rules == "policy" else ["disclosure rules are off: for data that are one's own"]
@@ -152,7 +173,7 @@ def _record(tables: TableSites, options: TableOptions, selection: Selection, no_
         "withheld": [tables.biomarkers[code] for code in selection.withheld],
         "why": "" if found >= wanted else f"{found} of {wanted}; {len(rows)} biomarkers were fitted in all folds",
         "codes": rows,
-        "warnings": [*notes, *selection.warnings, *([no_curve] if no_curve else [])],
+        "warnings": [*notes, *selection.warnings, *(text for text in missing if text)],
         "analyses": [{"sites": [site.name for site in tables.sites], "masked": False, "ended_by": {}}],
         "rules": options.rules,
         "rule": to_plain(options.rule),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,8 @@ def assert_same_table(ours, theirs, tolerance):
 
 def test_masked_sums_of_three_hospitals_give_the_unmasked_estimates(three):
     folder, plan, sites = three
+    for site in sites.values():  # the steps of an analysis are no rounds of training
+        site.facts.text = re.sub(r"max_rounds: \d+", "max_rounds: 1", site.facts.text)
     attempts, _ = federated(folder, sites, plan)
     (attempt,) = attempts
     reference = in_one_process(sites, plan)

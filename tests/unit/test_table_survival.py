@@ -81,6 +81,9 @@ def test_tables_give_the_selection_of_the_same_arrays(sites, files, tmp_path, ca
     assert {"selection.csv", "selection.json", "biomarkers.csv", "forest.svg", "kaplan_meier.svg"} <= names
     assert found["selected"][0] in (tmp_path / "forest.svg").read_text()
     assert found["rules"] == "policy"
+    assert {"model.csv", "model.svg"} <= names
+    assert [row["name"] for row in found["model"]["coefficients"][: len(found["selected"])]] == found["selected"]
+    assert found["risk_groups"]["logrank_p"] < 0.05
 
 
 def test_a_model_never_shows_its_concordance_alone(sites, files, tmp_path, call, capsys):

@@ -39,7 +39,7 @@ def _model(desk: Desk, hello: HelloRequest, sites: list[str]) -> dict[str, Any]:
     spec = desk.exchange.context.plan.survival
     names = [*(f"code_{code}" for code in hello.codes), *spec.covariates]
     for transform in (PH_TRANSFORM, ""):
-        run = ModelRun(hello, Settings.under(Policy()), ridge=spec.ridge, ph=transform, announce=True)  # type: ignore[arg-type]
+        run = ModelRun(hello, Settings.under(Policy()), ridge=spec.ridge, ph=transform, announce=True)
         analysis = desk.over(sites, "multivariable", run)
         if analysis is not None:
             break

@@ -30,7 +30,7 @@ def survival(
     """
     from fourdvq_server.biomarker_tables import read_tables
     from fourdvq_server.table_survival import MODEL, TableOptions, assess_over_tables, select_over_tables
-    from fourdvq_server.verbs.biomarkers import biomarker_lines
+    from fourdvq_server.verbs.biomarkers import biomarker_lines, prognosis_lines
 
     sites = read_tables(tables, transplant=transplant)
     options = TableOptions(folds=folds, baseline=baseline, permutations=permutations, rules=rules)
@@ -38,7 +38,7 @@ def survival(
         record = assess_over_tables(sites, model, options, output)
         return Result({**record, "files": [str(output / MODEL)]}, tuple([*_model_lines(record), str(output / MODEL)]))
     record, files = select_over_tables(sites, options, output)
-    lines = [*biomarker_lines(record, len(record["codes"]) or 1), "", *map(str, files)]
+    lines = [*biomarker_lines(record, len(record["codes"]) or 1), *prognosis_lines(record), "", *map(str, files)]
     return Result({**record, "files": [str(path) for path in files]}, tuple(lines))
 
 
