@@ -111,8 +111,8 @@ def _drift_per_mm(stack: SliceStack, where: str, *, shear_tilt: bool) -> np.ndar
     apart = np.linalg.norm(sideways - along[:, None] * drift, axis=1)
     if float(apart.max()) > DRIFT_TOLERANCE_MM:
         odd = stack.slices[int(apart.argmax())].path
-        found = f"slices that are shifted by {apart.max():.2f} mm against each other, first seen in {shown(odd.name)}"
-        raise VolumeError("E_MIXED", where=where, found=found)
+        found = f"slices that are shifted by {apart.max():.2f} mm against each other"
+        raise VolumeError("E_MIXED", where=shown(odd), found=found)
     tilt = float(np.degrees(np.arctan(np.linalg.norm(drift))))
     if tilt <= MAX_TILT_DEGREES:
         return None

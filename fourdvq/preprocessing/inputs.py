@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,13 +12,16 @@ from typing import TYPE_CHECKING, Literal
 
 from fourdvq.data.cohort import Cohort
 from fourdvq.data.files import content_sha256, file_sha256, write_atomic
-from fourdvq.data.limits import ReaderLimits
+from fourdvq.data.limits import ReaderLimits, shown
 from fourdvq.data.metaimage import files_of
 from fourdvq.data.technical import TechnicalTags
+from fourdvq.errors import DataError
 from fourdvq.preprocessing.profile import LimitsSpec
 
 if TYPE_CHECKING:
     from fourdvq.data.volume import Volume
+
+_PATH = re.compile(r"(?:/[^\s/]+)+")
 
 
 @dataclass(frozen=True)
@@ -137,9 +141,27 @@ def load_input(
     return LoadedScan(series.volume, mask, series.warnings, series.thickness_mm, series.technical)
 
 
+def told(error: DataError, scan: ScanInput) -> str:
+    """What was found in a scan and where, without a path: a folder's name may be a patient's.
+
+    A file of a series is told by its number in the order of names; where the series lies stands in private/.
+    """
+    names, place = _names_of(scan), "the scan"
+    if len(names) > 1 and error.where in names:
+        place = f"file {names.index(error.where) + 1} of {len(names)} by name"
+    elif scan.mask_path is not None and error.where == shown(scan.mask_path):
+        place = "the lung mask"
+    return f"{place}: {_PATH.sub('<path>', error.found)}"
+
+
 def source_key(scan: ScanInput) -> str:
     """The content hash of a scan and its mask: of the files that are read, not of others in their folder."""
     return scan.source_sha256 or SourceHashes().of(*_sources(scan))
+
+
+def _names_of(scan: ScanInput) -> list[str]:
+    files = scan.files or (_files_in(scan.path) if scan.path.exists() else [scan.path])
+    return [shown(path) for path in sorted(files)]
 
 
 def _sources(scan: ScanInput) -> tuple[Path | tuple[Path, ...] | None, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fourdvq.errors import ConfigError, DataError, TemporaryStop
-from fourdvq.preprocessing.inputs import ScanInput, scan_inputs, source_key
+from fourdvq.preprocessing.inputs import ScanInput, scan_inputs, source_key, told
 from fourdvq.preprocessing.manifest import write_manifest
 from fourdvq.preprocessing.profile import Profile, profile_to_plain
 from fourdvq.preprocessing.records import (
@@ -239,9 +239,8 @@ class _Patient:
                 base_mask = segment_key(base.scan.source_sha256, self.profile)
                 made = maker.follow_up_output(scan, checked, base.scan, base_mask)
         except DataError as error:
-            detail = f"{error.where}: {error.found}"
             result = write_without_outputs(folder, record, "refused", [error.code])
-            return replace(result, detail=detail)
+            return replace(result, detail=told(error, scan))
         record |= write_outputs(folder, made.hu, made.mask, made.pictures)
         record |= made.described | _outcome(made.qc["codes"], made.qc["grade"])
         write_record(folder, record, made.qc)
