@@ -191,6 +191,7 @@ class EvaluationSpec:
     every_rounds: int = 1  # reconstruction on validation scans after every so many rounds
     times_per_patient: int = 1  # target scans after the given ones
     horizon_bins_years: tuple[float, ...] = (0.5, 1.0, 2.0)
+    fast_hu_per_year: float = 20.0  # a lung whose mean rises faster from the last given scan to the target is `fast`
     modes: tuple[Literal["extrapolation", "interpolation"], ...] = ("extrapolation", "interpolation")
     conformal: bool = False  # count the errors of calibration patients, for bands around predicted numbers
     conformal_largest: float = 0.5  # upper end of the public bins of an error

@@ -62,7 +62,7 @@ EVAL_ROWS = frozenset(
 _EVAL_MODES = frozenset({"reconstruction", "extrapolation", "interpolation"})
 _LONG_ID = 5
 _HASH = re.compile(r"[0-9a-f]{40,64}")  # its digits may look like a date
-_EVAL_PLACE = re.compile(r"(lung|whole)(/[0-9.]{1,6}(-[0-9.]{1,6}|\+))?|")
+_EVAL_PLACE = re.compile(r"(lung|whole)(/([0-9.]{1,6}(-[0-9.]{1,6}|\+)|slow|fast))?|")
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,25 @@ they look at the target to say how good or bad a number can get.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from fourdvq.data.latents import LatentPatient
 from fourdvq.generation import (
     GivenLatents,
     WorldModel,
     base_index,
+    code_histogram,
     decode_codes,
     encode_given,
     predict_codes,
     residual_volumes,
 )
-from fourdvq.models.latent_ode import snap_times
+from fourdvq.models.latent_ode import SAME_TIME_YEARS, snap_times
 
 SEES_TARGET = ("noise_control", "ceiling")
 
@@ -103,13 +105,7 @@ def persistence_decoded(bench: Bench) -> list[Tensor]:
 
 def linear_latent(bench: Bench) -> list[Tensor]:
     """A straight line in the codes through the two given scans around the target, or the last two before it."""
-    volumes = []
-    for base, year in zip(bench.bases, bench.years, strict=True):
-        a = min(base, len(bench.years_given) - 2)
-        t0, t1 = bench.years_given[a], bench.years_given[a + 1]
-        z0, z1 = bench.given.z[a], bench.given.z[a + 1]
-        volumes.append(bench.decode(z0 + (z1 - z0) * ((year - t0) / (t1 - t0))))
-    return volumes
+    return [bench.decode(z) for z in _lines_through(bench)]
 
 
 def noise_control(bench: Bench) -> list[Tensor]:
@@ -139,15 +135,72 @@ def population_change(bench: Bench) -> list[Tensor] | None:
     """The last scan's codes plus the training patients' mean change per year (c,); absent if none was given."""
     if bench.population_rate is None:
         return None
-    rate = bench.population_rate.to(bench.given.z.device, bench.given.z.dtype)[:, None, None, None]
-    z, years = bench.given.z, bench.years_given
-    pairs = zip(bench.bases, bench.years, strict=True)
-    return [bench.decode(z[base] + rate * (year - years[base])) for base, year in pairs]
+    return [bench.decode(z) for z in _drifted(bench, bench.population_rate)]
+
+
+def population_rate(patients: Sequence[LatentPatient], codebook: Tensor) -> Tensor | None:
+    """Mean change of the lung's mean code vector per year, (c,), over training patients with two scans or more.
+
+    None without such a patient. codebook (K, c) embeds their cached codes.
+    """
+    rates = []
+    for patient in patients:
+        years = float(patient.years[-1] - patient.years[0])
+        if years > SAME_TIME_YEARS:
+            first, last = (codebook[patient.indices[i].long()][patient.lung.bool()].mean(dim=0) for i in (0, -1))
+            rates.append((last - first) / years)
+    return torch.stack(rates).mean(dim=0) if rates else None
 
 
 def paper_pooled(bench: Bench) -> list[Tensor]:
     """Predictions at the given times as well, as the publication pooled them: flatters every model."""
     return bench.decoded
+
+
+def _lines_through(bench: Bench) -> Iterator[Tensor]:
+    for base, year in zip(bench.bases, bench.years, strict=True):
+        a = min(base, len(bench.years_given) - 2)
+        t0, t1 = bench.years_given[a], bench.years_given[a + 1]
+        z0, z1 = bench.given.z[a], bench.given.z[a + 1]
+        yield z0 + (z1 - z0) * ((year - t0) / (t1 - t0))
+
+
+def _drifted(bench: Bench, rate: Tensor) -> Iterator[Tensor]:
+    step = rate.to(bench.given.z.device, bench.given.z.dtype)[:, None, None, None]
+    for base, year in zip(bench.bases, bench.years, strict=True):
+        yield bench.given.z[base] + step * (year - bench.years_given[base])
+
+
+def _model_codes(bench: Bench) -> Tensor:
+    return bench.zhat[len(bench.years_given) :]
+
+
+def _last_codes(bench: Bench) -> Tensor:
+    return bench.given.z[bench.bases]
+
+
+def _linear_codes(bench: Bench) -> Tensor:
+    return torch.stack(list(_lines_through(bench)))
+
+
+def _population_codes(bench: Bench) -> Tensor | None:
+    return None if bench.population_rate is None else torch.stack(list(_drifted(bench, bench.population_rate)))
+
+
+# Predicted codes (S, c, d, h, w) of the rows that predict codes; what is decoded from them is the row's volume.
+CODE_ROWS: dict[str, Callable[[Bench], Tensor | None]] = {
+    "model": _model_codes,
+    "persistence_decoded": _last_codes,
+    "linear_latent": _linear_codes,
+    "population_change": _population_codes,
+}
+
+
+def code_shares(bench: Bench, z: Tensor) -> list[Tensor]:
+    """Shares (K,) of the codes in the lung, of each of the predicted z (S, c, d, h, w) after re-quantisation."""
+    n_codes = bench.world.vqgan.spec.n_codes
+    indices = bench.world.vqgan.quantise(z).indices
+    return [code_histogram(one, bench.given.lung, n_codes) for one in indices]
 
 
 ROWS: dict[str, Callable[[Bench], list[Tensor] | None]] = {

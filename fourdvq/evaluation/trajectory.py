@@ -19,11 +19,11 @@ from torch import Tensor
 
 from fourdvq.data.datasets import PreparedPatient, load_lung, load_x01
 from fourdvq.errors import ConfigError
-from fourdvq.evaluation.changes import change_metrics
+from fourdvq.evaluation.changes import change_metrics, correlation
 from fourdvq.evaluation.levels import level_metrics
-from fourdvq.evaluation.rows import ROWS, Bench, Case, Forecaster
+from fourdvq.evaluation.rows import CODE_ROWS, ROWS, Bench, Case, Forecaster, code_shares
 from fourdvq.evaluation.summary import RowSums, combine, sums_of
-from fourdvq.generation import WorldModel, base_index, check_world, evaluating
+from fourdvq.generation import WorldModel, base_index, check_world, encode_given, evaluating
 from fourdvq.plan import GIVEN_FOR_EXTRAPOLATION, Plan
 from fourdvq.training.seeds import generator
 
@@ -101,12 +101,14 @@ def score_patient(
     if case is None:
         return []
     predictions = predict_rows(world, case, plan.seed, population_rate=population_rate, forecasters=forecasters or {})
+    shares = code_scores(world, case, plan.seed, population_rate=population_rate)
     pooled = predictions.pop("paper_pooled")
     scores = [PatientScore("cohort", f"{mode}/pairs", len(case.targets))]
     values = {row: _level_values(volumes, case.targets, case, plan) for row, volumes in predictions.items()}
     for row, volumes in predictions.items():
         scores += _scores_of(row, mode, values[row], values["persistence"], case, plan)
-        scores += _change_scores(row, mode, volumes, case)
+        scores += _change_scores(row, mode, volumes, case, plan)
+    scores += [PatientScore(row, f"{mode}/{name}/lung", value) for row, name, value in shares]
     everything = [*case.scans[:, 0], *case.targets]
     for name, series in _level_values(pooled, everything, case, plan).items():
         scores.append(PatientScore("paper_pooled", f"{mode}/{name}", sum(series) / len(series)))
@@ -156,6 +158,35 @@ def predict_rows(
     return {name: volumes for name, volumes in predictions.items() if volumes is not None}
 
 
+@torch.inference_mode()
+def code_scores(
+    world: WorldModel, case: Case, seed: int, *, population_rate: Tensor | None = None
+) -> list[tuple[str, str, float]]:
+    """(row, metric, value): how well the rows that predict codes know the shares of the codes in the lung.
+
+    code_share_error         half the sum of absolute differences of the shares, 0 to 1
+    code_change_correlation  over the codes, of the predicted with the true change of share since the last scan; what
+                             never changes has none
+    """
+    found = []
+    with evaluating(world):
+        bench = Bench(world, case, generator(seed, "codes", case.pseudonym), population_rate)
+        scans = [encode_given(world, target[None, None], [0.0], case.lung).z[0] for target in case.targets]
+        true, last = code_shares(bench, torch.stack(scans)), code_shares(bench, bench.given.z[bench.bases])
+        for row, codes in CODE_ROWS.items():
+            z = codes(bench)
+            if z is not None:
+                ours = code_shares(bench, z)
+                errors = [0.5 * float((a - b).abs().sum()) for a, b in zip(ours, true, strict=True)]
+                found.append((row, "code_share_error", sum(errors) / len(errors)))
+                pairs = zip(ours, true, last, strict=True)
+                known = [correlation((a - c).numpy(), (b - c).numpy()) for a, b, c in pairs]
+                defined = [value for value in known if value is not None]
+                if defined:
+                    found.append((row, "code_change_correlation", sum(defined) / len(defined)))
+    return found
+
+
 def _level_values(
     volumes: Sequence[Tensor], targets: Sequence[Tensor], case: Case, plan: Plan
 ) -> dict[str, list[float]]:
@@ -176,11 +207,17 @@ def _scores_of(
     case: Case,
     plan: Plan,
 ) -> list[PatientScore]:
-    """Means over the patient's targets, with gains over copying beside them; in the lung also for each horizon bin."""
+    """Means over the patient's targets, with gains over copying beside them.
+
+    In the lung also for each horizon bin, and apart for lungs whose true density rises fast and slowly.
+    """
     bins: dict[str, list[int]] = {"": list(range(len(case.targets)))}
     for i, year in enumerate(case.years):
-        ahead = year - case.years_given[base_index(year, case.years_given)]
+        base = base_index(year, case.years_given)
+        ahead = year - case.years_given[base]
         bins.setdefault("/" + horizon_label(ahead, plan.evaluation.horizon_bins_years), []).append(i)
+        rise = _mean_hu(case.targets[i], case, plan) - _mean_hu(case.scans[base, 0], case, plan)
+        bins.setdefault("/fast" if rise > plan.evaluation.fast_hu_per_year * ahead else "/slow", []).append(i)
     scores = []
     for suffix, members in bins.items():
         chosen = {name: series for name, series in values.items() if not suffix or name.endswith("/lung")}
@@ -194,12 +231,14 @@ def _scores_of(
     return scores
 
 
-def _change_scores(row: str, mode: str, volumes: Sequence[Tensor], case: Case) -> list[PatientScore]:
+def _change_scores(row: str, mode: str, volumes: Sequence[Tensor], case: Case, plan: Plan) -> list[PatientScore]:
     found: dict[str, list[float]] = {}
     for volume, target, year in zip(volumes, case.targets, case.years, strict=True):
         last = case.scans[base_index(year, case.years_given), 0]
         for name, value in change_metrics(volume, last, target, case.lung).items():
             found.setdefault(name, []).append(value)
+        density = abs(_mean_hu(volume, case, plan) - _mean_hu(target, case, plan))
+        found.setdefault("density_error_hu", []).append(density)
     return [PatientScore(row, f"{mode}/{name}/lung", sum(series) / len(series)) for name, series in found.items()]
 
 
@@ -210,6 +249,12 @@ def horizon_label(years: float, bins: Sequence[float]) -> str:
         if years <= high:
             return f"{low:g}-{high:g}"
     return f"{edges[-1]:g}+"
+
+
+def _mean_hu(volume: Tensor, case: Case, plan: Plan) -> float:
+    """Mean HU of the lung: with the lung's volume, its tissue mass."""
+    low, high = plan.window_hu
+    return float(volume.cpu()[case.lung].double().mean()) * (high - low) + low
 
 
 def _mean(series: Sequence[float], members: Sequence[int]) -> float:

@@ -40,6 +40,7 @@ from torch import Tensor
 from fourdvq.data.datasets import latent_mask
 from fourdvq.data.files import write_atomic
 from fourdvq.data.latents import LatentPatient
+from fourdvq.evaluation.rows import population_rate
 from fourdvq.evaluation.trajectory import LongitudinalPatient, score_patient
 from fourdvq.federation.aggregate import weighted_mean
 from fourdvq.federation.codebook import initial_codebook, next_codebook, revive_dead
@@ -155,7 +156,7 @@ def one_seed(folder: Path, size: Size, seed: int) -> dict[str, Any]:
     tested = [p for site in sites for p in site.test]
     return {
         "patients": {"train": len(union), "test": len(tested)},
-        "images": image_rows(worlds["federated"], tested, plan, population_rate(union, vqgan)),
+        "images": image_rows(worlds["federated"], tested, plan, population_rate(union, vqgan.codebook.codes)),
         "change": change_rows(worlds["federated"], tested, read),
         "latent_mse": {kind: latent_mse(world, tested) for kind, world in worlds.items()},
         "intervals": interval_rows(worlds["federated"], WorldModel(vqgan, random_ode, name), sites, read, seed),
@@ -262,17 +263,7 @@ def readout(vqgan: VQGAN3d, patients: Sequence[Patient]) -> Readout:
     return Readout(_ridge(np.column_stack([x, np.ones(len(x))]), y), _calibration(dx, dy))
 
 
-@torch.inference_mode()
-def population_rate(patients: Sequence[LatentPatient], vqgan: VQGAN3d) -> Tensor:
-    """Mean change of the codes per year over the training patients' lungs, (c,)."""
-    rates = []
-    for patient in patients:
-        z = vqgan.embed(patient.indices)[..., patient.lung].mean(dim=-1)
-        rates.append((z[-1] - z[0]) / float(patient.years[-1] - patient.years[0]))
-    return torch.stack(rates).mean(dim=0)
-
-
-def image_rows(world: WorldModel, patients: Sequence[Patient], plan: Plan, rate: Tensor) -> dict[str, Any]:
+def image_rows(world: WorldModel, patients: Sequence[Patient], plan: Plan, rate: Tensor | None) -> dict[str, Any]:
     """Per patient, row and metric: the evaluation's own values for the third scan."""
     found: dict[str, dict[str, list[float]]] = {}
     for p in patients:

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from fourdvq.data.latents import LatentPatient
+from fourdvq.evaluation.rows import population_rate
 from fourdvq.evaluation.summary import RowSums, combine, verdict
 from fourdvq.evaluation.trajectory import LongitudinalPatient, score_patient, score_trajectories
+from fourdvq.generation import generate
 from fourdvq.plan import EvaluationSpec, Plan
 from temporal_cases import lung_box, scan_at, small_world
 
@@ -158,3 +161,65 @@ def _equal(ours: list[RowSums], theirs: list[RowSums]) -> None:
     for a, b in zip(ours, theirs, strict=True):
         assert a.n == b.n
         np.testing.assert_allclose([a.total, a.total_sq], [b.total, b.total_sq], rtol=1e-12)
+
+
+def test_a_noisy_truth_has_the_skill_that_its_noise_leaves():
+    """The perfect predictor of a scan with repeat noise of SD n against a true change of SD c gains c^2 / (c^2 + n^2)
+    of the copy's error when the target's noise is all that is left."""
+    noise, change = 0.02, 0.04
+    rng = np.random.default_rng(0)
+    lung = lung_box()
+    still = torch.tensor(rng.uniform(0.3, 0.6, lung.shape), dtype=torch.float32)
+    moved = still + torch.tensor(rng.normal(0, change, lung.shape), dtype=torch.float32)
+    seen = moved + torch.tensor(rng.normal(0, noise, lung.shape), dtype=torch.float32)
+    scans = [still, still, seen]
+    one = LongitudinalPatient("p", (0.0, 0.5, 1.0), lambda i: scans[i][None], lung)
+    found = values(score_patient(small_world(fresh=True), one, PLAN, forecasters={"truth": lambda *_: [moved]}))
+    assert found["truth"][f"{MODE}/skill/lung"] == pytest.approx(change**2 / (change**2 + noise**2), abs=0.05)
+
+
+def test_a_copy_has_no_code_change_and_the_error_of_the_true_change_of_shares():
+    world, one = small_world(fresh=True), patient()
+    found = values(score_patient(world, one, PLAN))
+    given = torch.stack([one.scan(0), one.scan(1)])
+    last = generate(world, given, one.years[:2], [one.years[1]], lung=one.lung).histograms[0]
+    errors = []
+    for i in (2, 3):
+        seen = torch.stack([one.scan(i), one.scan(i)])
+        true = generate(world, seen, (0.0, 1.0), [0.0], lung=one.lung).histograms[0]
+        errors.append(0.5 * float((last - true).abs().sum()))
+    assert found["persistence_decoded"][f"{MODE}/code_share_error/lung"] == pytest.approx(np.mean(errors))
+    assert f"{MODE}/code_change_correlation/lung" not in found["persistence_decoded"]
+    assert found["model"][f"{MODE}/code_share_error/lung"] == found["persistence_decoded"][f"{MODE}/code_share_error/lung"]
+
+
+def test_the_density_error_of_a_blend_is_its_part_of_the_true_change(rows):
+    copied = rows["blend 0"][f"{MODE}/density_error_hu/lung"]
+    assert copied > 0
+    assert rows["blend 0.5"][f"{MODE}/density_error_hu/lung"] == pytest.approx(copied / 2, rel=1e-3)
+    assert rows["blend 1"][f"{MODE}/density_error_hu/lung"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("rise", "stratum"), [(0.05, "fast"), (0.001, "slow")])
+def test_a_lung_whose_density_rises_fast_is_scored_among_the_fast_ones(rise, stratum):
+    base = scan_at(0.0)
+    one = LongitudinalPatient("p", (0.0, 1.0, 2.0), lambda i: (base + rise * i)[None], lung_box())
+    found = values(score_patient(small_world(fresh=True), one, PLAN))["persistence"]
+    assert f"{MODE}/mse/lung/{stratum}" in found
+    assert found[f"{MODE}/mse/lung/{stratum}"] == pytest.approx(rise**2, rel=1e-3)
+    assert f"{MODE}/mse/lung/{'slow' if stratum == 'fast' else 'fast'}" not in found
+
+
+def test_the_populations_rate_is_the_mean_over_patients_of_the_change_of_the_mean_code_per_year():
+    book = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 4.0]])
+    lung = torch.zeros(1, 2, 2, dtype=torch.bool)
+    lung[0, 0] = True
+
+    def codes(*cells):
+        return torch.tensor([[[[a, b], [2, 2]]] for a, b in cells], dtype=torch.uint8)
+
+    first = LatentPatient("a", codes((0, 0), (1, 0)), lung, torch.tensor([0.0, 2.0], dtype=torch.float64), "t")
+    second = LatentPatient("b", codes((0, 0), (2, 2)), lung, torch.tensor([0.0, 1.0], dtype=torch.float64), "t")
+    alone = LatentPatient("c", codes((0, 0)), lung, torch.tensor([0.0], dtype=torch.float64), "t")
+    torch.testing.assert_close(population_rate([first, second, alone], book), torch.tensor([0.125, 2.0]))
+    assert population_rate([alone], book) is None
