@@ -20,7 +20,7 @@ from fourdvq.data.datasets import (
     open_prepared,
 )
 from fourdvq.data.latents import LatentPatient
-from fourdvq.errors import ModelError
+from fourdvq.errors import ModelError, explain
 from fourdvq.evaluation.reconstruction import score_reconstruction
 from fourdvq.evaluation.rows import population_rate
 from fourdvq.evaluation.scalars import scalar_counts, scalar_errors
@@ -34,7 +34,10 @@ from fourdvq.plan import Plan
 from fourdvq.tensors import Weights, payload_sha256
 from fourdvq.training.checkpoint import TrainState, load_state, save_state
 from fourdvq.training.codebook_init import MAX_SCANS, kmeans_stats
+from fourdvq.training.distributed import ALONE, Ranks
+from fourdvq.training.hardware import DEFAULT, Hardware
 from fourdvq.training.latent_ode import OdeTrainer
+from fourdvq.training.precision import self_check
 from fourdvq.training.seeds import generator
 from fourdvq.training.vqgan import DISCRIMINATOR_PREFIX, VqganTrainer, initial_model
 from fourdvq.wire.messages import (
@@ -52,12 +55,13 @@ from fourdvq.wire.messages import (
     VqganTask,
     VqganUpdate,
 )
-from fourdvq_client.code_census import Census, SomeScans, WatchedScans, census_of_centroids
+from fourdvq_client.code_census import SomeScans, census_of_centroids
 from fourdvq_client.diary import Diary
 from fourdvq_client.egress import Outcome
 from fourdvq_client.latent_cache import LatentCache, encode_patient
 from fourdvq_client.local_scores import keep_part
 from fourdvq_client.round_states import RoundStates
+from fourdvq_client.site_log import site_logger
 from fourdvq_client.worker import Job
 from fourdvq_client.workspace import Workspace
 
@@ -76,9 +80,11 @@ class _Warm:
 class Bench:
     """All work on the site's scans, in the process that calls it."""
 
-    def __init__(self, workspace: Workspace, device: str) -> None:
+    def __init__(self, workspace: Workspace, device: str, hardware: Hardware = DEFAULT, ranks: Ranks = ALONE) -> None:
         self._workspace = workspace
         self._device = torch.device(device)
+        self._hardware = hardware
+        self._ranks = ranks
         self._warm: _Warm | None = None
         self._datasets: dict[tuple[str, tuple[str, ...], tuple[float, float]], ScanDataset] = {}
 
@@ -90,21 +96,24 @@ class Bench:
     def train_vqgan(self, job: Job) -> Outcome:
         """One round of stage 1: load the global model, train, keep the state, hand back what changed."""
         task = _task_of(job, VqganTask)
-        diary = self._diary(job)
+        writes = self._ranks.rank == 0  # of several processes one keeps the books
+        diary = self._diary(job) if writes else None
         trainer = self._trainer(job, "vqgan")
         trainer.load_global(task.weights, _codebook(task))
-        scans = WatchedScans(self._scans(job.plan, "train"))
-        census = Census(job.plan.model.n_codes)
-        with self._dropping_on_failure(), census.watching(trainer.model, scans):
+        with self._dropping_on_failure():
             done = trainer.train(
-                scans,
+                self._scans(job.plan, "train"),
                 steps=task.steps,
                 global_step=task.global_step,
                 decay_per_round=job.plan.federation.codebook_round_decay,
-                on_step=diary.step_reporter("vqgan", task.global_step, task.steps),
+                on_step=diary.step_reporter("vqgan", task.global_step, task.steps) if diary else None,
             )
-        self._keep(job, "vqgan", trainer)
-        diary.round_done("vqgan", patients=done.patients_used, scans=done.scans_used, losses=done.losses)
+        if diary:
+            self._keep(job, "vqgan", trainer)
+            self._warn(done.notes)
+            diary.round_done("vqgan", patients=done.patients_used, scans=done.scans_used, losses=done.losses)
+        else:
+            self.drop_warm()  # the next round starts from what the first process wrote
         update = VqganUpdate(
             delta=done.delta,
             code_counts=done.stats.counts.numpy(),
@@ -112,7 +121,7 @@ class Bench:
             scans=done.scans_used,
             losses=done.losses,
         )
-        return Outcome(update, done.patients_used, done.scans_used, census.patients_per_code)
+        return Outcome(update, done.patients_used, done.scans_used, done.code_patients.numpy())
 
     def codebook_init(self, job: Job) -> Outcome:
         """k-means over the untrained encoder's outputs; at most so many scans as the library looks at."""
@@ -241,13 +250,23 @@ class Bench:
         return trainer
 
     def _new_vqgan(self, job: Job) -> VqganTrainer:
+        if job.plan.vqgan.precision == "bf16" and not (found := self_check(str(self._device))).sound:
+            self._warn(("W_BF16",), str(found))
         perceptual = self._workspace.models / PERCEPTUAL_FILE
         return VqganTrainer(
             job.plan,
             device=self._device,
             seed=job.seed,
             perceptual_file=perceptual if perceptual.is_file() else None,
+            hardware=self._hardware,
+            ranks=self._ranks,
         )
+
+    def _warn(self, codes: Sequence[str], found: str = "") -> None:
+        """Put warnings into the site's log, each by its code."""
+        for code in codes:
+            text = f"{code}: {explain(code).title}"
+            site_logger(self._workspace).warning("%s; found %s" if found else "%s%s", text, found)
 
     def _new_ode(self, job: Job, tokenizer: str) -> OdeTrainer:
         _, codes, found = self._frozen_model(job)

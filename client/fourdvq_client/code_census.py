@@ -1,14 +1,11 @@
-"""In how many patients each code was seen: what the policy's `codebook_min_patients` is held against.
+"""In how many patients each centroid was seen: what the policy's `codebook_min_patients` is held against at the start.
 
-Looks at a model from outside: the scan source says whose scan comes next, a hook on the model says which codes it got.
-K codes.
+Training counts its own. K codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,24 +15,6 @@ from fourdvq.federation.codebook import CodebookStats
 from fourdvq.models.codebook import nearest_codes
 from fourdvq.models.vqgan import VQGAN3d
 from fourdvq.training.sampling import ScanSource
-
-
-class WatchedScans:
-    """A scan source that remembers which patient's scan it gave out last."""
-
-    def __init__(self, scans: ScanSource) -> None:
-        self._scans = scans
-        self.patient = ""
-
-    def __len__(self) -> int:
-        return len(self._scans)
-
-    def __getitem__(self, index: int) -> Tensor:
-        self.patient = self._scans.patient_of(index)
-        return self._scans[index]
-
-    def patient_of(self, index: int) -> str:
-        return self._scans.patient_of(index)
 
 
 class SomeScans:
@@ -56,7 +35,7 @@ class SomeScans:
 
 
 class Census:
-    """Patients per code, filled while `watching`."""
+    """Patients per code, filled with `add`."""
 
     def __init__(self, n_codes: int) -> None:
         self._n_codes = n_codes
@@ -73,19 +52,6 @@ class Census:
         """Note the codes (any shape, integers) of one scan."""
         seen = self._seen.setdefault(patient, torch.zeros(self._n_codes, dtype=torch.bool))
         seen[torch.unique(indices.detach().cpu()).long()] = True
-
-    @contextmanager
-    def watching(self, model: VQGAN3d, scans: WatchedScans) -> Iterator[None]:
-        """Note every forward pass of `model` as codes of the patient whose scan was read last."""
-
-        def note(_module: Any, _inputs: Any, output: Any) -> None:
-            self.add(scans.patient, output.indices)
-
-        handle = model.register_forward_hook(note)
-        try:
-            yield
-        finally:
-            handle.remove()
 
 
 @torch.no_grad()

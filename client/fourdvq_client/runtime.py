@@ -112,7 +112,7 @@ def open_site(root: Path, *, worker: str | None = None) -> Site:
         audit,
         rounds,
         guard,
-        worker=make_worker(worker or config.worker, workspace, config.device),
+        worker=make_worker(worker or config.worker, workspace, config.device, config.train),
         cox=CoxDesk(workspace, config.site, SurvivalTables(workspace, config.site).table),
     )
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fourdvq.config import build
 from fourdvq.errors import ConfigError, FourdvqError, TemporaryStop
+from fourdvq.training.hardware import Hardware
 from fourdvq_client.yaml_file import read_yaml
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ class SiteConfig:
     device: str = "cpu"
     workers: int = 1
     worker: str = "process"  # where training runs: process or inline
+    train: Hardware = field(default_factory=Hardware)  # how this machine trains
 
     def __post_init__(self) -> None:
         if self.workers < 1:

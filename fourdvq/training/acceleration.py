@@ -20,7 +20,7 @@ Forward = Callable[[Tensor], VQOutput]
 
 def wants_compiled(hardware: Hardware, device: torch.device) -> bool:
     """Whether the generator is to be compiled: where the site says so, or by itself on a GPU."""
-    return hardware.compile == "on" or (hardware.compile == "auto" and device.type == "cuda")
+    return hardware.compile == "always" or (hardware.compile == "auto" and device.type == "cuda")
 
 
 def memory_format(hardware: Hardware, device: torch.device) -> torch.memory_format:

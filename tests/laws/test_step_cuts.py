@@ -182,7 +182,7 @@ def test_a_crop_that_leaves_the_volume_or_the_code_grid_is_refused(crop):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_training_equals_plain_training():
     plan, scans = tiny_plan(accumulate=2), Scans(3)
-    rounds = [trained(plan, scans, Hardware(compile=mode), steps=2) for mode in ("off", "on")]
+    rounds = [trained(plan, scans, Hardware(compile=mode), steps=2) for mode in ("never", "always")]
     assert rounds[1][0].step.forward._compiled is not None
     assert_same_round(*rounds, atol=1e-4)
 
@@ -197,6 +197,6 @@ def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog):
         return broken
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    rounds = [trained(plan, scans, Hardware(compile=mode)) for mode in ("off", "on")]
+    rounds = [trained(plan, scans, Hardware(compile=mode)) for mode in ("never", "always")]
     assert_same_round(*rounds, atol=0)
     assert "without it" in caplog.text

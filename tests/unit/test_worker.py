@@ -10,7 +10,7 @@ import torch
 
 from fourdvq.training.vqgan import initial_model, initial_weights
 from fourdvq.wire.messages import OdeTask, Refusal, VqganUpdate
-from fourdvq_client.code_census import Census, SomeScans, WatchedScans, census_of_centroids
+from fourdvq_client.code_census import SomeScans, census_of_centroids
 from fourdvq_client.round_states import RoundStates
 from fourdvq_client.transfer import from_parcel, to_parcel
 from site_cases import (
@@ -104,21 +104,6 @@ def small_model():
     from site_cases import SMALL
 
     return initial_model(SMALL).eval()
-
-
-def test_the_census_counts_patients_not_scans():
-    model, scans = small_model(), WatchedScans(Scans())
-    census = Census(8)
-    seen = {"a": set(), "b": set()}
-    with census.watching(model, scans), torch.no_grad():
-        for i in range(4):
-            out = model(scans[i][None] - 0.5)
-            seen[scans.patient_of(i)] |= set(out.indices.flatten().tolist())
-    expected = [sum(k in codes for codes in seen.values()) for k in range(8)]
-    assert census.patients_per_code.tolist() == expected
-    with torch.no_grad():
-        model(scans[0][None] - 0.5)
-    assert census.patients_per_code.tolist() == expected  # the hook is gone
 
 
 def test_the_census_of_centroids_sees_which_patients_share_one():
