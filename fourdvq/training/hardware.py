@@ -1,8 +1,8 @@
 """How one machine runs stage 1: the site's own choices. They change no meaning, so they stand in no plan.
 
 They are `train:` in site.yaml. This module imports nothing heavy, because a command line reads it. Channels last wins
-only where the norms read it without a copy, which is compiled code on a GPU; on a CPU it changes a step by less than 3 %
-(measured at 16x64x64).
+only where the norms read it without a copy, which is compiled code on a GPU; on a CPU it changes a step by less than
+3 % (measured at 16x64x64).
 """
 
 from __future__ import annotations

@@ -57,6 +57,30 @@ def to_wire(weights: Weights, dtype: str) -> dict[str, Tensor]:
     return packed
 
 
+def split_for_wire(
+    weights: Weights, dtype: str, *, whole: tuple[str, ...] = ("codebook.",)
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Float32 weights as what travels and what is kept back: `sent` in the wire's dtype and `rest` in float32.
+
+    sent + rest is the weights again, bit for bit (`join_from_wire`), so a coordinator that sends 16 bits and adds each
+    round's change to both parts loses nothing over the rounds, however small the changes are. Names that begin with one
+    of `whole` travel as they are: 16-bit codes would be other codes. Raises ModelError E_NONFINITE on overflow.
+    """
+    sent, rest = {}, {}
+    for name, tensor in weights.items():
+        packed = to_wire({name: tensor}, "float32" if name.startswith(whole) else dtype)
+        sent[name] = packed[name]
+        # Exact: rounding to fewer bits leaves a difference that float32 holds.
+        rest[name] = tensor.float() - packed[name].float()
+    return sent, rest
+
+
+def join_from_wire(sent: Weights, rest: Weights) -> dict[str, Tensor]:
+    """The inverse of `split_for_wire`, float32."""
+    _same_form(rest, sent, any_dtype=True)
+    return {name: tensor.float() + rest[name] for name, tensor in sent.items()}
+
+
 def _same_form(found: Weights, wanted: Weights, *, any_dtype: bool = False) -> None:
     if any_dtype:
         found = {name: tensor.float() for name, tensor in found.items()}
@@ -73,7 +97,9 @@ __all__ = [
     "clip_relative",
     "delta",
     "global_norm",
+    "join_from_wire",
     "payload_sha256",
     "relative_norm",
+    "split_for_wire",
     "to_wire",
 ]
