@@ -1,8 +1,8 @@
 """Pixels of a sorted stack as Hounsfield units, each slice with its own scale.
 
 Uncompressed pixels are taken from the file as they lie, after their place and length have been checked. Compressed ones
-are decoded by SimpleITK, one image at a time, after the size in the code stream has been compared with the header's:
-a JPEG header that announces more than the DICOM header would be decoded in full.
+are decoded by SimpleITK (run lengths by pydicom), one image at a time, after the size in the code stream has been
+compared with the header's: a JPEG header that announces more than the DICOM header would be decoded in full.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    RLELossless,
 )
 
 from fourdvq.data.dicom_file import SliceHeader
@@ -157,6 +158,9 @@ def _decoded(code: bytes, s: SliceHeader) -> np.ndarray:
     data.BitsAllocated, data.BitsStored, data.HighBit, signed, *_ = s.pixels.layout
     data.PixelRepresentation = int(signed)
     data.PixelData = encapsulate([code])
+    if s.transfer_syntax == RLELossless:
+        # Six times as fast as GDCM, which reads it byte by byte, and without leaving Python.
+        return _with_pydicom(data, s)
     with _temporary_file() as path:
         data.save_as(path, enforce_file_format=True)
         return _read_with_itk(path, s)
@@ -186,11 +190,17 @@ def _whole_file(s: SliceHeader) -> np.ndarray:
     """A deflated or big-endian file of one image, read by pydicom: rare, small, and checked for its size before."""
     if s.frames != 1:
         raise VolumeError("E_SYNTAX", where=shown(s.path), found=f"{s.frames} images in {s.transfer_syntax}")
+    return _with_pydicom(s.path, s)
+
+
+def _with_pydicom(source: Path | pydicom.Dataset, s: SliceHeader) -> np.ndarray:
+    """One image that pydicom reads with numpy alone."""
     try:
-        values = pydicom.dcmread(s.path).pixel_array
+        data = pydicom.dcmread(source) if isinstance(source, Path) else source
+        values = np.asarray(data.pixel_array)
     except Exception as error:  # as in a header, damage shows in many ways
         raise _corrupt(s, f"pixels that cannot be read ({type(error).__name__})") from None
-    return _clean(_shaped(np.asarray(values), s), s)
+    return _clean(_shaped(values, s), s)
 
 
 def _read_with_itk(path: Path, s: SliceHeader) -> np.ndarray:
