@@ -24,9 +24,9 @@ _WAIT_S = 300
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory) -> Path:
-    """A site folder with four patients of two scans that was not prepared yet."""
+    """A site folder with three patients of two scans that was not prepared yet."""
     folder = tmp_path_factory.mktemp("hospital")
-    return new_site(folder / "site", hospital(folder / "data", patients=PATIENTS[:4], scans=2))
+    return new_site(folder / "site", hospital(folder / "data", patients=PATIENTS[:3], scans=2))
 
 
 @pytest.fixture(scope="module")
