@@ -87,6 +87,17 @@ def split_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
 
 def run(app: Any, argv: Sequence[str], program: str) -> int:
     """Run a Typer application and return the exit code; never a traceback unless asked for with --verbose."""
+    try:
+        code = _outcome(app, argv, program)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): nothing is wrong, and there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    return code
+
+
+def _outcome(app: Any, argv: Sequence[str], program: str) -> int:
     import click
     import typer
 
@@ -109,9 +120,7 @@ def run(app: Any, argv: Sequence[str], program: str) -> int:
     except (KeyboardInterrupt, click.Abort):
         outcome = EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output went away (`| head`): nothing is wrong, and there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
+        raise
     except Exception as error:
         return _fail(FourdvqError("E_INTERNAL", where=program, found=f"{type(error).__name__}: {error}"), EXIT_FAILED)
     # Typer turns Ctrl-C into a silent exit code of its own; a person still wants to know what to do next.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import typer
@@ -91,3 +93,19 @@ def test_progress_without_a_terminal_is_a_few_lines_on_standard_error(capsys):
     assert captured.out == ""
     assert 5 <= len(captured.err.splitlines()) <= 12
     assert captured.err.splitlines()[-1].startswith("scans: 100/100")
+
+
+def test_a_reader_that_goes_away_ends_a_long_answer_without_a_word():
+    program = (
+        "import sys, typer; from fourdvq import console; app = typer.Typer()\n"
+        "@app.command()\n"
+        "def long() -> console.Result:\n"
+        "    return console.Result({}, tuple('line' for _ in range(200_000)))\n"
+        "sys.exit(console.run(app, [], 'prog'))\n"
+    )
+    talker = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert talker.stdout is not None
+    assert talker.stdout.readline() == b"line\n"
+    talker.stdout.close()
+    _, said = talker.communicate(timeout=60)
+    assert (talker.returncode, said) == (0, b"")
