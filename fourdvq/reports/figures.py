@@ -47,7 +47,8 @@ def trajectory_figure(
     """PNG with one column per time and, for each plane and the close-up, a row of real and a row of generated slices.
 
     A time without a real (or a generated) scan leaves its place empty. `spacing` (z, y, x) in mm keeps proportions;
-    `lung` (D, H, W) puts the planes through the lung's middle; `labels` stand beside the years, such as `given`.
+    `lung` (D, H, W) puts the axial and coronal planes through the lungs' middle and the sagittal one through the lung
+    that changes more; `labels` stand beside the years, such as `given`.
     Raises ValueError if the lengths differ or nothing is there to draw.
     """
     if not len(generated) == len(real) == len(years) or not any(v is not None for v in [*generated, *real]):
@@ -61,14 +62,14 @@ def trajectory_figure(
     canvas = Image.new("RGB", (LEFT + pitch * len(years) + GAP, TOP + pitch * len(rows) + GAP), PAPER)
     pen = ImageDraw.Draw(canvas)
     _write_heads(pen, years, labels, title)
+    shown = next(v for series in columns for v in series if v is not None)
     for r, (plane, which) in enumerate(rows):
-        pen.text((6, TOP + r * pitch + TILE // 2 - 12), f"{plane}\n{which}", fill=INK, font=_font(12))
+        words = f"{plane}\n{which}" + ("\nSYNTHETIC" if which == "generated" else "")
+        pen.text((6, TOP + r * pitch + TILE // 2 - 20), words, fill=INK, font=_font(12))
+        blank = Image.new("RGB", plane_tile(shown, plane, view, spacing, TILE).size, EMPTY)
         for c, volume in enumerate(columns[which == "generated"]):
             place = (LEFT + c * pitch, TOP + r * pitch)
-            if volume is None:
-                pen.rectangle((*place, place[0] + TILE - 1, place[1] + TILE - 1), fill=EMPTY)
-                continue
-            tile = plane_tile(volume, plane, view, spacing, TILE)
+            tile = blank if volume is None else plane_tile(volume, plane, view, spacing, TILE)
             canvas.paste(tile, (place[0] + (TILE - tile.width) // 2, place[1] + (TILE - tile.height) // 2))
     stream = io.BytesIO()
     canvas.save(stream, format="PNG", optimize=False)
@@ -76,7 +77,10 @@ def trajectory_figure(
 
 
 def choose_view(volumes: Sequence[np.ndarray], lung: Tensor | None) -> View:
-    """Planes through the middle of the lung (or of the volume); the close-up where the volumes differ most."""
+    """Planes through the middle of the lung (or of the volume); the close-up where the volumes differ most.
+
+    The middle of both lungs lies between them: the sagittal plane goes through the one that changes more.
+    """
     shape = volumes[0].shape
     inside = np.ones(shape, dtype=bool) if lung is None else lung.numpy().astype(bool)
     places = np.argwhere(inside) if inside.any() else np.argwhere(np.ones(shape, dtype=bool))
@@ -86,8 +90,20 @@ def choose_view(volumes: Sequence[np.ndarray], lung: Tensor | None) -> View:
     corner = _busiest(np.asarray(change, dtype=np.float64), extent)
     if corner is None:
         corner = (y - extent[0] // 2, x - extent[1] // 2)
+    if lung is not None:
+        x = _one_lung(inside, change, x)
     bounded = tuple(int(np.clip(a, 0, n - e)) for a, n, e in zip(corner, shape[1:], extent, strict=True))
     return View((z, y, x), (bounded[0], bounded[1]), extent)
+
+
+def _one_lung(inside: np.ndarray, change: np.ndarray, middle: int) -> int:
+    """The x of the middle of the lung on the side where `change` (H, W) is larger; without change, the larger lung."""
+    across = np.asarray(change, dtype=np.float64).sum(axis=0) if np.any(change) else inside.sum(axis=(0, 1))
+    side = slice(0, middle) if across[:middle].sum() > across[middle:].sum() else slice(middle, None)
+    counts = inside.sum(axis=(0, 1))[side]
+    if not counts.any():
+        return middle
+    return round(float((counts * np.arange(len(counts))).sum() / counts.sum())) + (side.start or 0)
 
 
 def _busiest(change: np.ndarray, extent: tuple[int, int]) -> tuple[int, int] | None:

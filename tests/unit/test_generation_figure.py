@@ -71,3 +71,14 @@ def test_the_same_volumes_give_the_same_bytes():
 def test_nothing_to_draw_is_refused():
     with pytest.raises(ValueError, match="0 real"):
         trajectory_figure([], [], [])
+
+
+def test_the_sagittal_plane_goes_through_the_lung_that_changes_more():
+    lung = torch.zeros(6, 20, 30, dtype=torch.bool)
+    lung[1:5, 5:15, 3:10] = True
+    lung[1:5, 5:15, 20:27] = True
+    before = np.zeros((6, 20, 30))
+    for x in (5, 23):
+        after = before.copy()
+        after[2, 8:11, x] = 1.0
+        assert abs(choose_view([before, after], lung).centre[2] - x) <= 1
