@@ -41,7 +41,9 @@ def trajectory_animation(
     view = choose_view(arrays, lung)
     frames = []
     for place, i in enumerate(order):
-        pictures = [plane_tile(arrays[place], plane, view, spacing, SIDE) for plane in ("coronal", "axial")]
+        pictures = [
+            plane_tile(arrays[place], plane, view, spacing, SIDE, boxed=False) for plane in ("coronal", "axial")
+        ]
         head = years_text(years[i]) + (f", {labels[i]}" if labels else "")
         frames.append(_frame(pictures, head, (place + 1) / len(order)))
     stream = io.BytesIO()

@@ -118,9 +118,18 @@ def _busiest(change: np.ndarray, extent: tuple[int, int]) -> tuple[int, int] | N
 
 
 def plane_tile(
-    volume: np.ndarray, plane: str, view: View, spacing: tuple[float, float, float], side: int
+    volume: np.ndarray,
+    plane: str,
+    view: View,
+    spacing: tuple[float, float, float],
+    side: int,
+    *,
+    boxed: bool = True,
 ) -> Image.Image:
-    """One slice (or the close-up) as a picture whose longer side has `side` pixels, in true proportions."""
+    """One slice (or the close-up) as a picture whose longer side has `side` pixels, in true proportions.
+
+    `boxed` frames the close-up's place in the axial slice.
+    """
     from PIL import Image, ImageDraw
 
     z, y, x = view.centre
@@ -140,7 +149,7 @@ def plane_tile(
     size = (max(1, round(size_mm[0] * scale)), max(1, round(size_mm[1] * scale)))
     pixels = np.round(np.clip(grey, 0, 1) * 255).astype(np.uint8)
     tile = Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.BILINEAR).convert("RGB")
-    if plane == "axial":
+    if plane == "axial" and boxed:
         per_row, per_column = size[1] / volume.shape[1], size[0] / volume.shape[2]
         box = (left * per_column, top * per_row, (left + width) * per_column - 1, (top + height) * per_row - 1)
         ImageDraw.Draw(tile).rectangle(tuple(round(v) for v in box), outline=BOX)
