@@ -20,7 +20,20 @@ from typing import NoReturn  # noqa: E402
 import typer  # noqa: E402
 
 from fourdvq import console  # noqa: E402
-from fourdvq_server.verbs import about, biomarkers, demo, experiments, init, members, results, runs, serve, survival, ui  # noqa: E402
+from fourdvq_server.verbs import (  # noqa: E402
+    ablate,
+    about,
+    biomarkers,
+    demo,
+    experiments,
+    init,
+    members,
+    results,
+    runs,
+    serve,
+    survival,
+    ui,
+)
 
 app = typer.Typer(
     help="The coordinator of a fourdvq federation.",
@@ -39,6 +52,7 @@ VERBS: dict[str, Callable[..., console.Result]] = {
     "sites": members.sites,
     "serve": serve.serve,
     "demo": demo.demo,
+    "ablate": ablate.ablate,
     "experiments": experiments.experiments,
     "plan": experiments.plan,
     "show-config": experiments.show_config,

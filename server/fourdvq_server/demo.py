@@ -26,6 +26,7 @@ from fourdvq_server.app import RunOptions, new_run, run_experiment
 from fourdvq_server.experiment import Experiment, compose
 from fourdvq_server.local_grid import LocalGrid
 from fourdvq_server.project import Project
+from fourdvq_server.stages.table import STAGES, Stage
 from fourdvq_server.store import open_store, read_json, write_json
 
 _APPROVAL_WAIT_S = 60.0
@@ -171,11 +172,21 @@ def prepare(folders: Folders, options: DemoOptions, experiment: Experiment, clie
 
 
 def run_in_process(
-    project: Project, experiment: Experiment, roots: Mapping[str, Path], client: Any, title: str
+    project: Project,
+    experiment: Experiment,
+    roots: Mapping[str, Path],
+    client: Any,
+    title: str,
+    *,
+    run: str = "",
+    stages: tuple[Stage, ...] = STAGES,
 ) -> tuple[str, dict[str, Any]]:
-    """One run over sites in this process, each with the role of its own policy; returns its name and summary."""
+    """One run over sites in this process, each with the role of its own policy; returns its name and summary.
+
+    `run` names a run that is there already (it goes on), otherwise a new one is made.
+    """
     project.runs.mkdir(parents=True, exist_ok=True)
-    run = new_run(project, experiment)
+    run = run or new_run(project, experiment)
     apps = {name: client.client_app(root, worker="inline") for name, root in roots.items()}
 
     def approve(sites: Sequence[str]) -> None:
@@ -185,7 +196,7 @@ def run_in_process(
     with ExitStack() as stack:
         progress = stack.enter_context(_stage_progress(title))
         grid = stack.enter_context(LocalGrid(apps))
-        options = RunOptions(on_unapproved=approve, approval_wait_s=_APPROVAL_WAIT_S, progress=progress)
+        options = RunOptions(on_unapproved=approve, approval_wait_s=_APPROVAL_WAIT_S, progress=progress, stages=stages)
         return run, run_experiment(grid, project, run, options)
 
 
