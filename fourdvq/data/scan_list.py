@@ -107,7 +107,7 @@ def _one_per_day(dated: Sequence[tuple[ScanRow, tuple[int, ...]]], findings: lis
         better, other = ((row, score), kept[key]) if score > kept[key][1] else (kept[key], (row, score))
         kept[key] = better
         where = f"scans {better[0].scan_id!r} and {other[0].scan_id!r} of patient {row.patient_id!r}"
-        why = "the better series" if score != other[1] or score != better[1] else "the first"
+        why = "the better series" if better[1] != other[1] else "the first"
         findings.append(finding("W_SAMEDAY", where, f"both on day {row.days}; {why} is kept", patient=row.patient_id))
     return [row for row, _ in kept.values()]
 

@@ -114,7 +114,7 @@ def spoil(data: Path) -> None:
     cut = data / "scans" / TRUNCATED / "1.nii.gz"
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     for path in (data / "scans" / NO_LUNG).glob("?.nii.gz"):
-        scan, lung = chest(seed=EVERYBODY.index(NO_LUNG))
+        scan, lung = chest(seed=EVERYBODY.index(NO_LUNG), noise=10 + int(path.name[0]))
         write_nifti(replace(scan, hu=np.where(lung.hu > 0, scan.hu + 900, scan.hu).astype(np.int16)), path)
 
 

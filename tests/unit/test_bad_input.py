@@ -233,6 +233,22 @@ def test_an_enhanced_file_is_held_to_the_same_rules(volume, tmp_path):
     assert scan_folder(path.parent).unreadable == (path,)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [
+        ("ContrastBolusAgent", "Iomeron 400", "W_CONTRAST"),
+        ("PixelSpacing", [0.3, 0.3], "W_PIXEL"),
+        ("PixelSpacing", [1.2, 1.2], "W_PIXEL"),
+        ("PatientPosition", "HFP", "W_PRONE"),
+    ],
+)
+def test_what_is_unusual_but_usable_is_read_with_a_warning(volume, tmp_path, name, value, code):
+    write_series(tmp_path, volume, edit=lambda i, d: setattr(d, name, value))
+    got = loaded(tmp_path)
+    assert got.warnings == (code,)
+    np.testing.assert_array_equal(got.volume.hu, volume.hu)
+
+
 # --- rows 27 to 30: the same scan, the same day, the same person ------------------------------------------------------
 
 
