@@ -36,8 +36,8 @@ from fourdvq.preprocessing.profile import RegistrationSpec
 from fourdvq.preprocessing.registration import Registration, register
 from registration_cases import PairCase, moved, phantom_pair, planted, real_pair
 
-CORRFIELD = RegistrationSpec(backend="corrfield", clamp_hu=(-1000.0, 500.0))
-DEMONS = RegistrationSpec(backend="demons")
+CORRFIELD = RegistrationSpec()
+DEMONS = RegistrationSpec(backend="demons", clamp_hu=(-1000.0, 300.0))
 MEGAVOXELS = 2.3
 TARGET_SECONDS = {"default": 150.0, "fast": 60.0}
 
