@@ -25,6 +25,7 @@ from fourdvq.errors import CODES, ConfigError, FourdvqError
 from fourdvq.plan import Plan, plan_from
 from fourdvq.training.distributed import ALONE, Ranks, device_of, joined, processes_for
 from fourdvq.training.hardware import DEFAULT, Hardware
+from fourdvq.training.memory import keep_freed_memory
 from fourdvq.wire.messages import REPLIES, TASKS, Task, TaskEnvelope
 from fourdvq_client.egress import Outcome
 from fourdvq_client.guard import error_code
@@ -242,6 +243,7 @@ def _serve(pipe: Connection, place: _Place) -> None:
     from fourdvq_client.future_codes import FutureBench
     from fourdvq_client.site_log import site_logger, start_log
 
+    keep_freed_memory()
     workspace = Workspace(place.root)
     # One writer to a log that is rotated; what fails elsewhere comes back through the pipe.
     log = site_logger(workspace) if place.rank else start_log(workspace)

@@ -37,13 +37,12 @@ def norm3d(kind: Norm, channels: int) -> nn.Module:
 def norm_silu(norm: nn.Module, x: Tensor) -> Tensor:
     """SiLU(norm(x)) of (B, C, D, H, W), without leaving a 16-bit dtype for GroupNorm.
 
-    Autocast runs GroupNorm in float32 and so doubles what is kept for the backward pass; the kernel itself reads and
-    writes 16 bits and takes its statistics in float32, which is all that is needed.
+    Autocast runs `group_norm` in float32 and so doubles what is kept for the backward pass; the kernel below it, which
+    autocast leaves alone, reads and writes 16 bits and takes its statistics in float32, which is all that is needed.
     """
     if not isinstance(norm, nn.GroupNorm):
         return F.silu(norm(x))
-    with torch.autocast(x.device.type, enabled=False):
-        return group_norm_silu(x, norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps)
+    return group_norm_silu(x, norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps)
 
 
 class Conv3dSame(nn.Module):

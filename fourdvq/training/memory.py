@@ -6,6 +6,7 @@ that are computed again in the backward pass instead of being kept.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from fourdvq.models.blocks import ResBlock3d
 
 # How torch's CPU allocator says it; CUDA has a class of its own.
 _CPU_ALLOCATOR = "can't allocate memory"
+# glibc's M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD: trim late, grow by 64 MiB, and use the heap up to 32 MiB.
+_KEEPING = ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25))
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and _CPU_ALLOCATOR in str(error)
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep what it frees, so that the next step need not ask the kernel for the same pages again.
+
+    For a process that does nothing but train: on a CPU page faults are 3 to 8 % of a step (measured at 16x64x64). Only
+    glibc has the setting; returns whether it was made.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return False
+    return all(mallopt(parameter, value) == 1 for parameter, value in _KEEPING)
 
 
 def set_recompute(network: nn.Module, recompute: bool) -> None:

@@ -1,9 +1,10 @@
-"""Stage 1: CPU cost of a step and of the code search, memory of a whole volume, exactness of the codebook merge.
+"""Stage 1: cost of a step and of the code search, a whole volume's arithmetic and memory, exactness, and quality.
 
     python tests/benchmarks/vqgan.py --json [--quick] [--out results/vqgan.json]
 
 Ratios are of CPU seconds on one thread, interleaved with the comparison in the same run; `holds` comes from the worse
-quartile. What needs a GPU is null here.
+quartile. What needs a GPU is null without one. The step stands in vqgan_step.py, the whole volume in vqgan_cost.py, the
+experiments, whose finished cells are read here, in federated_quality.py and vqgan_quality.py.
 """
 
 from __future__ import annotations
@@ -17,24 +18,20 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import federated_quality  # type: ignore[import-not-found]
 import torch
+import vqgan_cost  # type: ignore[import-not-found]
+import vqgan_devices  # type: ignore[import-not-found]
+import vqgan_quality  # type: ignore[import-not-found]
+import vqgan_step  # type: ignore[import-not-found]
 from _common import clock, emit, figure, quartiles  # type: ignore[import-not-found]
 from torch.nn import functional as F
 
 from fourdvq.federation.codebook import CodebookState, RunningStats, merge_codebooks
-from fourdvq.losses import l1_loss
 from fourdvq.metrics import ssim
 from fourdvq.models.codebook import assignment_sums, nearest_codes
-from fourdvq.models.vqgan import VQGAN3d
-from fourdvq.plan import GanSpec, ModelSpec
-from fourdvq.training.adversary import Adversary
 
-PAPER_SIZE = (96, 256, 256)
 LATENTS, CODES, DIM = 98_304, 256, 16  # of one scan at compression 4
-GPU_ROWS = (
-    ("stage 1 step, whole volume, bf16, A100", "s", "<= 0.36"),
-    ("stage 1 step, whole volume, bf16, H100", "s", "<= 0.15"),
-)
 
 
 def main() -> None:
@@ -47,18 +44,13 @@ def main() -> None:
     repeat = 7 if options.quick else 15
     figures = [
         _search(repeat),
-        *_steps(7, (16, 32, 32) if options.quick else (16, 64, 64), 8 if options.quick else 32),
         _ssim(repeat),
-        *[_memory(decoder, target) for decoder, target in (("half", 20.0), ("tats", 20.0))],
         _merge_error(),
-        *[figure(name, None, unit, target=target, note="needs that GPU") for name, unit, target in GPU_ROWS],
-        figure(
-            "validation MSE of decoder half over tats at equal steps",
-            None,
-            "ratio",
-            target="<= 1.05",
-            note="needs full-size training on a GPU",
-        ),
+        *vqgan_step.figures(options.quick),
+        *vqgan_cost.figures(options.quick),
+        *vqgan_devices.figures(options.quick),
+        *federated_quality.figures(options.quick),
+        *vqgan_quality.figures(options.quick),
     ]
     emit("vqgan", figures, options.quick, out=options.out)
 
@@ -105,39 +97,7 @@ def _search(repeat: int) -> Any:
         chosen = F.one_hot(distances.argmin(1), CODES).to(vectors.dtype)
         return chosen.sum(0), chosen.t() @ vectors
 
-    return _ratio("code search and sums, 98,304 x 256 x 16: one-hot form over ours", ours, one_hot, repeat, 2.0)
-
-
-def _steps(repeat: int, size: tuple[int, int, int], width: int) -> list[Any]:
-    """Gradients of generator and discriminators: our loop against replicate padding and two forwards, then decoders."""
-    scan = torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(0)) - 0.5
-    rows = torch.tensor([size[0] // 2])
-    adversary = Adversary(GanSpec(width=2 * width), seed=0)
-    ours = VQGAN3d(ModelSpec(size=size, base_width=width, decoder="tats"))
-    half = VQGAN3d(ModelSpec(size=size, base_width=width, decoder="half"))
-    published = VQGAN3d(ModelSpec(size=size, base_width=width, decoder="tats", padding="replicate"))
-
-    def step(net: VQGAN3d, forwards: int) -> None:
-        out = net(scan)
-        judgement = adversary.judge(scan, out.recon, rows)
-        total = 4 * l1_loss(out.recon, scan) + out.commitment + judgement.adversarial + judgement.matching
-        torch.autograd.backward(total)
-        if forwards == 2:
-            out = net(scan)
-            judgement = adversary.judge(scan, out.recon, rows)
-        torch.autograd.backward(adversary.own_loss(scan, out.recon, judgement))
-
-    where = f"training step with discriminators, {'x'.join(map(str, size))}, h={width}, fp32"
-    return [
-        _ratio(
-            f"{where}: replicate padding and two forwards over ours",
-            lambda: step(ours, 1),
-            lambda: step(published, 2),
-            repeat,
-            1.2,
-        ),
-        _ratio(f"{where}: decoder tats over half", lambda: step(half, 1), lambda: step(ours, 1), repeat, 1.2),
-    ]
+    return _ratio("code search and sums, 98,304 x 256 x 16: one-hot form over ours", ours, one_hot, repeat, 3.0)
 
 
 def _ssim(repeat: int) -> Any:
@@ -158,37 +118,6 @@ def _ssim(repeat: int) -> Any:
     result["note"] += f"; the two differ by {difference:.1e}"
     result["holds"] = result["holds"] and difference < 1e-5
     return result
-
-
-def _memory(decoder: Any, target: float) -> Any:
-    """Bytes that autograd keeps for one whole volume with 16-bit activations, counted without allocating them."""
-    started = clock()
-    kept: list[torch.Tensor] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.device("meta"):
-        net = VQGAN3d(ModelSpec(size=PAPER_SIZE, decoder=decoder))
-        scan = torch.empty(1, 1, *PAPER_SIZE)
-    owned = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = net.decoder(net.encoder(scan))
-    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
-    total = sum(size for storage, size in sizes.items() if storage not in owned)
-    del output  # its graph holds the tensors whose storages were compared
-    gib = total / 2 / 2**30  # counted in float32
-    return figure(
-        f"activations kept for one volume 96x256x256, decoder {decoder}, 16 bits",
-        round(gib, 2),
-        "GiB",
-        target=f"<= {target}",
-        holds=gib <= target,
-        n=1,
-        seconds=clock() - started,
-        note="counted on shapes; encoder and decoder, without discriminators, weights and workspace",
-    )
 
 
 def _merge_error() -> Any:
