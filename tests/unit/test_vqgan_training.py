@@ -15,6 +15,7 @@ from fourdvq.metrics import psnr
 from fourdvq.models.vqgan import codebook_state
 from fourdvq.perceptual import PerceptualLoss
 from fourdvq.training.codebook_init import kmeans_stats
+from fourdvq.training.hardware import Hardware
 from fourdvq.training.sampling import EpochSampler
 from fourdvq.training.seeds import generator, seeded
 from fourdvq.training.vqgan import DISCRIMINATOR_PREFIX, VqganTrainer, initial_model, initial_weights
@@ -45,6 +46,20 @@ def test_a_round_counts_the_scans_and_patients_that_it_really_used():
     assert 1 <= reply.patients_used <= 2
     reply = ready_trainer(tiny_plan(accumulate=2), scans).train(scans, steps=5, global_step=0, decay_per_round=DECAY)
     assert (reply.scans_used, reply.patients_used) == (6, 3)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_a_code_counts_the_patients_it_was_seen_in_not_the_scans(micro_batch):
+    plan, scans = tiny_plan(accumulate=3, lr=1e-12), Scans(6)
+    trainer = VqganTrainer(plan, seed=0, hardware=Hardware(micro_batch=micro_batch))
+    trainer.load_global(trainer.weights(), first_codebook(plan, scans))
+    seen: dict[str, set[int]] = {}
+    with torch.no_grad():
+        for i in range(6):
+            indices = trainer.model(scans[i][None] - 0.5).indices
+            seen.setdefault(scans.patient_of(i), set()).update(indices.flatten().tolist())
+    reply = trainer.train(scans, steps=2, global_step=0, decay_per_round=DECAY)
+    assert reply.code_patients.tolist() == [sum(k in codes for codes in seen.values()) for k in range(16)]
 
 
 def test_every_scan_comes_once_an_epoch_and_in_another_order_the_next():
