@@ -14,7 +14,7 @@ from scipy.spatial.distance import cdist
 from fourdvq.errors import RegistrationError
 from fourdvq.preprocessing.registration.cost import Search, displacement_cost, with_energy
 from fourdvq.preprocessing.registration.keypoints import distinctiveness, keypoints
-from fourdvq.preprocessing.registration.refine import Refinement, refined, spline_matrix
+from fourdvq.preprocessing.registration.refine import Refinement, correction, spline_matrix
 from fourdvq.preprocessing.registration.spline import fit_spline
 from fourdvq.preprocessing.registration.tree import Tree, lowered, marginals, rooted, spanning_tree
 from fourdvq.preprocessing.registration.warp import (
@@ -203,7 +203,7 @@ def test_the_splines_of_the_correction_add_up_to_one_everywhere():
     np.testing.assert_allclose(matrix.sum(dim=1), 1.0, atol=1e-6)
 
 
-def test_a_refinement_finds_a_fraction_of_a_voxel_and_leaves_a_perfect_field_alone():
+def test_the_correction_finds_a_fraction_of_a_voxel_and_is_none_where_all_fits():
     z, y, x = voxel_centres((24, 26, 28), torch.device("cpu"))
     features = torch.stack([torch.sin(0.5 * z + 0.3 * y), torch.cos(0.4 * x), torch.sin(0.3 * y + 0.2 * x)])
     moved = torch.stack(
@@ -212,7 +212,6 @@ def test_a_refinement_finds_a_fraction_of_a_voxel_and_leaves_a_perfect_field_alo
     mask = torch.zeros(z.shape, dtype=torch.bool)
     mask[5:-5, 5:-5, 5:-5] = True
     how = Refinement(steps=60, stiffness=0.05)
-    still = torch.zeros((3, *z.shape))
-    found = refined(features, moved, mask, still, how)[:, mask]
+    found = correction(features, moved, mask, how)[:, mask]
     np.testing.assert_allclose(found.mean(dim=1), [0.4, 0.0, -0.3], atol=0.05)
-    np.testing.assert_allclose(refined(features, features, mask, still, how), 0.0, atol=0.01)
+    np.testing.assert_allclose(correction(features, features, mask, how), 0.0, atol=0.01)

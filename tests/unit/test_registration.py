@@ -15,7 +15,14 @@ from fourdvq.preprocessing.registration.align import dice, ncc
 from synthetic_lungs import chest
 
 SPEC = RegistrationSpec(
-    spacing_mm=5.0, margin_mm=15.0, affine_iterations=40, affine_sample_share=1.0, shrink=(2, 1), iterations=(25, 12)
+    backend="demons",
+    spacing_mm=5.0,
+    margin_mm=15.0,
+    clamp_hu=(-1000.0, 300.0),
+    affine_iterations=40,
+    affine_sample_share=1.0,
+    shrink=(2, 1),
+    iterations=(25, 12),
 )
 SIZE = (60, 76, 76)  # voxels of 5 mm
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import SimpleITK as sitk
@@ -22,7 +22,7 @@ from fourdvq.preprocessing.registration.backends import AlignedPair, FoundField,
 from fourdvq.preprocessing.registration.cost import Search, displacement_cost, with_energy
 from fourdvq.preprocessing.registration.keypoints import keypoints
 from fourdvq.preprocessing.registration.mind import filtered, mind_ssc
-from fourdvq.preprocessing.registration.refine import Refinement, refined
+from fourdvq.preprocessing.registration.refine import Refinement, correction
 from fourdvq.preprocessing.registration.spline import Spline, fit_spline
 from fourdvq.preprocessing.registration.tree import marginals, spanning_tree
 from fourdvq.preprocessing.registration.warp import composed, interpolation_matrix, looked_up, separably, warped_image
@@ -45,8 +45,9 @@ class Preset:
     """What a named preset does; lengths in voxels of the working grid. Numbers named as in the publication."""
 
     levels: tuple[Level, ...]
-    refinement: Refinement
-    alpha: float = 1.5
+    refinements: int  # rounds, each with the features of the image as it is warped by then
+    refinement: Refinement = field(default_factory=Refinement)
+    alpha: float = 1.5  # 2.5 in the publication
     beta: float = 150.0  # HU
     gamma: float = 5.0
     sigma: float = 1.4  # of the structure tensor
@@ -55,12 +56,10 @@ class Preset:
 
 PRESETS = {
     "default": Preset(
-        levels=(Level(Search(12, 2, 3), 3, 2500, 100.0), Level(Search(6, 1, 2), 2, 4000, 100.0)),
-        refinement=Refinement(),
+        levels=(Level(Search(12, 2, 3), 2, 4000, 5000.0), Level(Search(6, 1, 3), 1, 6000, 5000.0)), refinements=2
     ),
     "fast": Preset(
-        levels=(Level(Search(12, 2, 1), 3, 1500, 100.0), Level(Search(5, 1, 1), 3, 2500, 100.0)),
-        refinement=Refinement(steps=25),
+        levels=(Level(Search(12, 2, 3), 3, 2500, 5000.0), Level(Search(6, 1, 2), 2, 4000, 5000.0)), refinements=1
     ),
 }
 
@@ -75,16 +74,18 @@ def corrfield_field(pair: AlignedPair, spec: RegistrationSpec, device: str = "cp
         fixed, moving = (torch.from_numpy(a.astype(np.float32)).to(device) for a in (pair.fixed, pair.moving))
         mask = torch.from_numpy(pair.fixed_mask.copy()).to(device)
         features = mind_ssc(fixed)
-        field = torch.zeros((3, *fixed.shape), device=device)
+        found = torch.zeros((3, *fixed.shape), device=device)
         for level in preset.levels:
-            points, moves = _correspondences(fixed, features, mask, warped_image(moving, field), level, preset)
-            wanted = moves + looked_up(field, (points + moves).T).T
+            points, moves = _correspondences(fixed, features, mask, warped_image(moving, found), level, preset)
+            wanted = moves + looked_up(found, (points + moves).T).T
             spline = fit_spline(points * mm, moves * mm, ridge=level.ridge)
-            field = composed(dense_field(spline, pair.grid.size, mm) / mm, field)
-        field = refined(features, mind_ssc(moving), mask, field, preset.refinement)
-        missed = (looked_up(field, points.T).T - wanted).norm(dim=1).cpu().numpy() * mm
+            found = composed(dense_field(spline, pair.grid.size, mm) / mm, found)
+        for _ in range(preset.refinements):
+            step = correction(features, mind_ssc(warped_image(moving, found)), mask, preset.refinement)
+            found = composed(step, found)
+        missed = (looked_up(found, points.T).T - wanted).norm(dim=1).cpu().numpy() * mm
     facts = KeypointFacts(count=len(points), residual_p95_mm=float(np.percentile(missed, 95)))
-    return FoundField(_as_image(field.cpu().numpy() * mm, pair), facts)
+    return FoundField(_as_image(found.cpu().numpy() * mm, pair), facts)
 
 
 def _correspondences(

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from fourdvq.errors import RegistrationError
 
 CHANNELS = 12
+_LEAST_CONTRAST = 1e-4  # HU squared: rounding in a warped constant image is below it, any real scan far above
 _NEIGHBOURS = ((-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, -1), (0, 0, 1))
 
 
@@ -56,7 +57,7 @@ def mind_ssc(image: Tensor, *, delta: int = 1, sigma: float = 1.0) -> Tensor:
     """Features in (0, 1], float32 (12, D, H, W), of an image (D, H, W); lengths in voxels.
 
     Neighbours are `delta` voxels away; their squared differences are averaged with a Gaussian of `sigma`.
-    Raises RegistrationError E_REG for an image without any contrast: it has nothing to describe.
+    Raises RegistrationError E_REG for an image of one grey value, or not finite: it has nothing to describe.
     """
     image = image.to(torch.float32)
     taps = gaussian_taps(sigma)
@@ -72,7 +73,7 @@ def mind_ssc(image: Tensor, *, delta: int = 1, sigma: float = 1.0) -> Tensor:
     features -= features.amin(dim=0)
     variance = features.mean(dim=0)
     level = float(variance.double().mean())
-    if not level > 0.0:
+    if not level > _LEAST_CONTRAST:
         raise RegistrationError("E_REG", where="the image features", found="an image without contrast")
     variance.clamp_(0.001 * level, 1000.0 * level)
     return features.div_(variance).neg_().exp_()

@@ -1,4 +1,4 @@
-"""The last tenths of a millimetre: a coarse, smooth correction of a field by gradient descent on the MIND distance.
+"""The last tenths of a millimetre: a coarse, smooth correction by gradient descent on the MIND distance.
 
 The correction is a cubic B-spline with few nodes, and uneven corrections cost: it sharpens what the keypoints found and
 has no room to follow single voxels, so new fibrosis is not shrunk away. Source of the idea: Siebert et al. 2021
@@ -30,50 +30,48 @@ class Refinement:
     margin: int = 2  # voxels around the mask that are looked at too: its edge is the clearest structure there is
     steps: int = 40
     rate: float = 0.1  # voxels a step
-    stiffness: float = 1.0  # squared feature distance per squared stretch
+    stiffness: float = 3.0  # squared feature distance per squared stretch
 
 
-def refined(fixed: Tensor, moving: Tensor, mask: Tensor, field: Tensor, how: Refinement) -> Tensor:
-    """`field` (3, D, H, W) in voxels and a smooth correction that brings features (C, D, H, W) together in the mask."""
-    shape = (field.shape[1], field.shape[2], field.shape[3])
-    nodes = [torch.arange(-1, (n - 1) // how.node + 3, device=field.device) * how.node for n in shape]
-    samples = [torch.arange(how.stride / 2, n - 1, how.stride, device=field.device) for n in shape]
-    dense = [
-        spline_matrix(torch.arange(n, device=field.device), k, how.node) for n, k in zip(shape, nodes, strict=True)
-    ]
+def correction(fixed: Tensor, moving: Tensor, mask: Tensor, how: Refinement) -> Tensor:
+    """The smooth field (3, D, H, W) in voxels that brings features (C, D, H, W) together in and around the mask."""
+    shape, device = mask.shape, fixed.device
+    nodes = [torch.arange(-1, (n - 1) // how.node + 3, device=device) * how.node for n in shape]
+    samples = [torch.arange(how.stride / 2, n - 1, how.stride, device=device) for n in shape]
+    dense = [spline_matrix(torch.arange(n, device=device), k, how.node) for n, k in zip(shape, nodes, strict=True)]
     sparse = [spline_matrix(a, k, how.node) for a, k in zip(samples, nodes, strict=True)]
     places = torch.stack(torch.meshgrid(*samples, indexing="ij")).flatten(1)
     near = F.max_pool3d(mask[None, None].float(), 2 * how.margin + 1, stride=1, padding=how.margin)[0, 0] > 0
     looked_at = near[tuple(places.round().long())].nonzero()[:, 0]
     places = places[:, looked_at]
-    start, wanted = places + looked_up(field, places), looked_up(fixed, places)
-    correction = torch.zeros((3, *(len(n) for n in nodes)), device=field.device)
-    mean, spread = torch.zeros_like(correction), torch.zeros_like(correction)
+    wanted = looked_up(fixed, places)
+    weights = torch.zeros((3, *(len(n) for n in nodes)), device=device)
+    mean, spread = torch.zeros_like(weights), torch.zeros_like(weights)
     for step in range(1, how.steps + 1):
-        gradient = _gradient(correction, sparse, looked_at, start, wanted, moving, how)
+        gradient = _gradient(weights, sparse, looked_at, places, wanted, moving, how)
         mean.lerp_(gradient, 1 - _DECAY[0])
         spread.lerp_(gradient.square(), 1 - _DECAY[1])
         size = (spread / (1 - _DECAY[1] ** step)).sqrt_().add_(_SMALLEST)
-        correction.addcdiv_(mean / (1 - _DECAY[0] ** step), size, value=-how.rate)
-    return field + separably(correction, dense)
+        weights.addcdiv_(mean / (1 - _DECAY[0] ** step), size, value=-how.rate)
+    return separably(weights, dense)
 
 
 def _gradient(
-    correction: Tensor,
+    weights: Tensor,
     sparse: list[Tensor],
     looked_at: Tensor,
-    start: Tensor,
+    places: Tensor,
     wanted: Tensor,
     moving: Tensor,
     how: Refinement,
 ) -> Tensor:
     with torch.enable_grad():
-        correction = correction.detach().requires_grad_(True)
-        at = start + separably(correction, sparse).flatten(1)[:, looked_at]
+        weights = weights.detach().requires_grad_(True)
+        at = places + separably(weights, sparse).flatten(1)[:, looked_at]
         distance = (looked_up(moving, at) - wanted).square().mean()
-        uneven = sum(correction.diff(dim=axis).square().mean() for axis in (1, 2, 3)) / how.node**2
-        (gradient,) = torch.autograd.grad(distance + how.stiffness * uneven, correction)
-    return gradient * correction[0].numel()  # a node sees its own share of the mean
+        uneven = sum(weights.diff(dim=axis).square().mean() for axis in (1, 2, 3)) / how.node**2
+        (gradient,) = torch.autograd.grad(distance + how.stiffness * uneven, weights)
+    return gradient * weights[0].numel()  # a node sees its own share of the mean
 
 
 def spline_matrix(at: Tensor, nodes: Tensor, spacing: int) -> Tensor:
