@@ -30,7 +30,7 @@ from fourdvq.errors import DataError, ModelError
 from fourdvq.models.latent_ode import SAME_TIME_YEARS, LatentODE, snap_times
 from fourdvq.models.vqgan import VQGAN3d, tokenizer_sha256
 from fourdvq.plan import GIVEN_FOR_EXTRAPOLATION, TemporalSpec
-from fourdvq.training.precision import autocast
+from fourdvq.training.precision import autocast, self_check
 
 Detail = Literal["decode", "residual"]
 Kind = Literal["given", "interpolated", "extrapolated"]
@@ -98,7 +98,6 @@ def times_every(interval: float, years: float, *, last_given: float = 0.0) -> tu
     return tuple(k * interval for k in range(int(years / interval + SAME_TIME_YEARS) + 1))
 
 
-@torch.inference_mode()
 def generate(
     model: WorldModel,
     scans: Tensor,
@@ -132,7 +131,10 @@ def generate(
     if not asked or not all(given[0] - SAME_TIME_YEARS <= s < math.inf for s in asked):
         raise DataError("E_TIMES", where="times", found=str(asked), wanted=f"years from {given[0]} on")
     flags = check_horizon(asked, model.ode.spec, allow=beyond_horizon)
-    with evaluating(model):
+    if model.precision == "bf16":
+        # The check of bfloat16 takes gradients, which inference mode does not allow; its answer is kept.
+        self_check(str(model.device))
+    with torch.inference_mode(), evaluating(model):
         latents = encode_given(model, scans, given, lung)
         zhat = predict_codes(model, latents, asked)
         decoded = [decode_codes(model, latents, z, requantise=requantise) for z in zhat]
