@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from scipy import ndimage, spatial
 
 from fourdvq.errors import ConfigError, RegistrationError
@@ -100,9 +101,22 @@ def test_a_known_smooth_field_is_found_and_its_keypoints_agree_with_it(bent):
     assert found.keypoints.residual_p95_mm < 2.0
 
 
-def test_the_same_pair_gives_the_same_bytes(bent):
+def test_the_same_pair_gives_the_same_bytes_on_any_number_of_threads(bent):
     scans, _ = bent
-    assert vectors(corrfield_field(scans, FAST)).tobytes() == vectors(corrfield_field(scans, FAST)).tobytes()
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(vectors(corrfield_field(scans, FAST)).tobytes())
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert results[0] == results[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_finds_the_same_field(bent):
+    scans, _ = bent
+    difference = vectors(corrfield_field(scans, FAST, "cuda")) - vectors(corrfield_field(scans, FAST))
+    assert np.linalg.norm(difference, axis=-1)[scans.fixed_mask].max() < 0.05
 
 
 def test_the_field_follows_the_spacing_and_the_direction_of_the_grid(bent):

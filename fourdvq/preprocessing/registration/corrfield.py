@@ -7,8 +7,6 @@ project: any device, bounded memory, levels truly composed, the spline in mm, a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +19,7 @@ from fourdvq.preprocessing.profile import RegistrationSpec
 from fourdvq.preprocessing.registration.backends import AlignedPair, FoundField, KeypointFacts
 from fourdvq.preprocessing.registration.cost import Search, displacement_cost, with_energy
 from fourdvq.preprocessing.registration.keypoints import keypoints
-from fourdvq.preprocessing.registration.mind import filtered, mind_ssc
+from fourdvq.preprocessing.registration.mind import filtered, mind_ssc, one_thread
 from fourdvq.preprocessing.registration.refine import Refinement, correction
 from fourdvq.preprocessing.registration.spline import Spline, fit_spline
 from fourdvq.preprocessing.registration.tree import marginals, spanning_tree
@@ -70,7 +68,7 @@ def corrfield_field(pair: AlignedPair, spec: RegistrationSpec, device: str = "cp
     Raises RegistrationError E_REG for an image without contrast and for fewer than 100 keypoints in the lung.
     """
     preset, mm = PRESETS[spec.preset], spec.spacing_mm
-    with _one_thread(), torch.no_grad():
+    with one_thread(), torch.no_grad():
         fixed, moving = (torch.from_numpy(a.astype(np.float32)).to(device) for a in (pair.fixed, pair.moving))
         mask = torch.from_numpy(pair.fixed_mask.copy()).to(device)
         features = mind_ssc(fixed)
@@ -124,17 +122,6 @@ def dense_field(spline: Spline, shape: tuple[int, int, int], mm: float) -> Tenso
     lattice = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
     coarse = spline(lattice.view(-1, 3) * mm).T.reshape(3, *lattice.shape[:3])
     return separably(coarse, [interpolation_matrix(n, a) for n, a in zip(shape, axes, strict=True)])
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums over threads differ in the last bit: with one, every machine of a kind and every worker agree."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _as_image(field_zyx: np.ndarray, pair: AlignedPair) -> sitk.Image:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -82,8 +83,20 @@ def mind_ssc(image: Tensor, *, delta: int = 1, sigma: float = 1.0) -> Tensor:
 def mind_distance(fixed: np.ndarray, moved: np.ndarray, mask: np.ndarray, device: str = "cpu") -> float:
     """Mean squared difference of the features of two images (D, H, W) inside a mask: 0 if alike, at most 1."""
     inside = torch.from_numpy(mask).to(device)
-    a, b = (mind_ssc(torch.from_numpy(np.ascontiguousarray(image)).to(device)) for image in (fixed, moved))
-    return float((a - b).square_().mean(dim=0)[inside].double().mean())
+    with one_thread():
+        a, b = (mind_ssc(torch.from_numpy(np.ascontiguousarray(image)).to(device)) for image in (fixed, moved))
+        return float((a - b).square_().mean(dim=0)[inside].double().mean())
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: sums over threads differ in the last bit, and a result must not depend on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _pairs(delta: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
