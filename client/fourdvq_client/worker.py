@@ -195,7 +195,11 @@ class ProcessWorker:
 
     def _died(self) -> FourdvqError:
         """The error for a process that is gone; the rest of the team goes with it."""
-        wait([member.process.sentinel for member in self._team], timeout=10)
+        gone = wait([member.process.sentinel for member in self._team], timeout=10)
+        for member in self._team:
+            if member.process.sentinel in gone:
+                # The sentinel falls when the process lets go of its files, a moment before it can be reaped.
+                member.process.join(timeout=10)
         codes = [member.process.exitcode for member in self._team]
         self._end()
         ended = [code for code in codes if code is not None]

@@ -35,6 +35,7 @@ from fourdvq_client.audit import read_entries
 from fourdvq_client.egress import Outcome
 from fourdvq_client.runtime import open_site
 from fourdvq_client.worker import Job, ProcessWorker
+from fourdvq_client.workspace import Workspace
 from fourdvq_server.app import RunOptions, new_run, run_experiment
 from fourdvq_server.experiment import compose
 from fourdvq_server.local_grid import LocalGrid
@@ -267,7 +268,7 @@ class FaultyWorker(ProcessWorker):
     """A real worker process on a machine with a bad evening: first a wrong number, then the process is killed."""
 
     def __init__(self, root: Path) -> None:
-        super().__init__(root, "cpu")
+        super().__init__(Workspace(root), "cpu")
         self.asked = 0
 
     def train_vqgan(self, job: Job) -> Outcome:
