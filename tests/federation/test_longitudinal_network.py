@@ -86,7 +86,8 @@ def test_concordances_of_all_sources_are_those_of_lifelines_on_the_rows_and_come
     folder, plan, sites = three
     facts, _ = compared(folder, plan, sites)
     rows = model_of(sites)["coefficients"]
-    names, beta, sd = [row["name"] for row in rows], *(np.array([r[k] for r in rows]) for k in ("beta_per_sd", "sd"))
+    names = [row["name"] for row in rows]
+    beta, sd = np.array([row["beta_per_sd"] for row in rows]), np.array([row["sd"] for row in rows])
     for feature, sources in longitudinal.SOURCES.items():
         part = facts[feature]
         for number, source in enumerate(sources):

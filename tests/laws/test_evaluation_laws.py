@@ -190,7 +190,8 @@ def test_a_copy_has_no_code_change_and_the_error_of_the_true_change_of_shares():
         errors.append(0.5 * float((last - true).abs().sum()))
     assert found["persistence_decoded"][f"{MODE}/code_share_error/lung"] == pytest.approx(np.mean(errors))
     assert f"{MODE}/code_change_correlation/lung" not in found["persistence_decoded"]
-    assert found["model"][f"{MODE}/code_share_error/lung"] == found["persistence_decoded"][f"{MODE}/code_share_error/lung"]
+    copied = found["persistence_decoded"]
+    assert found["model"][f"{MODE}/code_share_error/lung"] == copied[f"{MODE}/code_share_error/lung"]
 
 
 def test_the_density_error_of_a_blend_is_its_part_of_the_true_change(rows):

@@ -276,7 +276,14 @@ def test_ctrl_c_ends_with_130_and_sigterm_with_75_and_both_can_be_resumed(fresh,
     program = Path(sys.executable).with_name("fourdvq-client")
     for number, exit_code in ((signal.SIGINT, 130), (signal.SIGTERM, 75)):
         words = [program, "--workdir", root, "--json", "preprocess"]
-        process = subprocess.Popen(words, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            words,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # A test run started in the background by a shell ignores Ctrl-C, and would hand that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         while not children(process.pid) and process.poll() is None:
             time.sleep(0.01)
         os.killpg(process.pid, number)  # as a terminal and a batch system do it

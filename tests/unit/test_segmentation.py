@@ -115,7 +115,7 @@ def behind_circle(scan: Volume, radius_mm: float, right_mm: float = 0.0) -> tupl
 
 def cropped(volume: np.ndarray, side: str) -> np.ndarray:
     depth, height, width = volume.shape
-    cuts = {
+    cuts: dict[str, slice | tuple[slice, ...]] = {
         "bottom": np.s_[depth // 4 :],
         "top": np.s_[: 3 * depth // 4],
         "front": np.s_[:, height // 2 - 10 :],

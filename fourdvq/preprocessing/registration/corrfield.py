@@ -81,9 +81,16 @@ def corrfield_field(pair: AlignedPair, spec: RegistrationSpec, device: str = "cp
         for _ in range(preset.refinements):
             step = correction(features, mind_ssc(warped_image(moving, found)), mask, preset.refinement)
             found = composed(step, found)
+        if _unlike(features, warped_image(moving, found), mask) >= _unlike(features, moving, mask):
+            found.zero_()  # nothing moved: what was found is the noise of the search
         missed = (looked_up(found, points.T).T - wanted).norm(dim=1).cpu().numpy() * mm
     facts = KeypointFacts(count=len(points), residual_p95_mm=float(np.percentile(missed, 95)))
     return FoundField(_as_image(found.cpu().numpy() * mm, pair), facts)
+
+
+def _unlike(features: Tensor, moved: Tensor, mask: Tensor) -> float:
+    """Mean squared difference of the fixed image's features and those of a moved one, in the lung."""
+    return float((features - mind_ssc(moved)).square_().mean(dim=0)[mask].double().mean())
 
 
 def _correspondences(
