@@ -13,6 +13,7 @@ from fourdvq.preprocessing.grid import Grid
 from fourdvq.preprocessing.profile import RegistrationSpec
 from fourdvq.preprocessing.registration import AlignedPair, FoundField, backend_named, backend_names
 from fourdvq.preprocessing.registration.corrfield import corrfield_field
+from fourdvq.preprocessing.registration.demons import demons_field
 
 SIZE = (52, 56, 60)
 FAST = RegistrationSpec(backend="corrfield", preset="fast", spacing_mm=2.0, clamp_hu=(-1000.0, 500.0))
@@ -129,6 +130,21 @@ def test_the_field_follows_the_spacing_and_the_direction_of_the_grid(bent):
     # The ridge of the spline is a length squared, so stiffness is not quite the same.
     difference = vectors(corrfield_field(scans, FAST)) / 2.0 - vectors(small) @ turned
     assert np.linalg.norm(difference, axis=-1)[scans.fixed_mask].mean() < 0.1
+
+
+def test_lung_that_became_ill_moves_less_than_half_of_what_demons_move_it(still):
+    """A dense patch appears and nothing moves: what a map finds there, it takes away from the disease."""
+    fixed, mask = still
+    z, y, x = np.meshgrid(*[np.arange(n, dtype=float) for n in SIZE], indexing="ij")
+    patch = (z - 26) ** 2 + (y - 34) ** 2 + (x - 38) ** 2 < 9**2
+    rng = np.random.default_rng(8)
+    texture = ndimage.gaussian_filter(rng.normal(size=SIZE), 0.8)
+    ill = np.where(patch, np.maximum(fixed, -450 + 200 * texture / texture.std()), fixed)
+    ill = ndimage.gaussian_filter(ill, 0.5) + rng.normal(0, 15, SIZE)
+    ours, demons = (find(pair(fixed, mask, ill), FAST, "cpu") for find in (corrfield_field, demons_field))
+    moved, by_demons = (np.linalg.norm(vectors(found)[patch], axis=-1).mean() for found in (ours, demons))
+    assert moved < 1.5
+    assert moved < 0.5 * by_demons
 
 
 def test_a_constant_scan_and_a_lung_without_structure_are_refused(still):
