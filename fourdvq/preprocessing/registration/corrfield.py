@@ -57,7 +57,7 @@ PRESETS = {
         levels=(Level(Search(12, 2, 3), 2, 4000, 5000.0), Level(Search(6, 1, 3), 1, 6000, 5000.0)), refinements=2
     ),
     "fast": Preset(
-        levels=(Level(Search(12, 2, 3), 3, 2500, 5000.0), Level(Search(6, 1, 2), 2, 4000, 5000.0)), refinements=1
+        levels=(Level(Search(12, 2, 3), 3, 2500, 5000.0), Level(Search(6, 1, 2), 2, 4000, 5000.0)), refinements=2
     ),
 }
 
