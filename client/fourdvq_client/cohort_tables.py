@@ -6,8 +6,6 @@ all patients (the splits) is written once every patient has been prepared, so th
 
 from __future__ import annotations
 
-import csv
-import io
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fourdvq.data.cohort import Cohort, write_clinical
+from fourdvq.data.files import csv_bytes
 from fourdvq.data.prepared import read_splits, write_splits
 from fourdvq.data.review import decide
 from fourdvq.data.splits import SplitPatient, assign_splits
@@ -62,11 +61,7 @@ def finish_tables(
 def write_names(workspace: Workspace, names: Mapping[str, str]) -> None:
     """The table of all patients ever seen: a name once given is never forgotten. Needs the tables' lock."""
     known = {real: pseudonym for pseudonym, real in real_ids(workspace).items()} | dict(names)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("patient_id", "pseudonym"))
-    writer.writerows(sorted(known.items()))
-    data = text.getvalue().encode()
+    data = csv_bytes(("patient_id", "pseudonym"), sorted(known.items()))
     if not workspace.patients.is_file() or workspace.patients.read_bytes() != data:
         write_private(workspace.patients, data)
 

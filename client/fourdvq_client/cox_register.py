@@ -18,6 +18,7 @@ from typing import Any
 from fourdvq.survival.disclosure import RunRegister
 from fourdvq.training.checkpoint import write_atomic
 from fourdvq_client.audit import AuditLog, Entry
+from fourdvq_client.workspace import flocked
 
 FILE = "cox_register.json"
 
@@ -81,9 +82,7 @@ class CoxRegister:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[_Content]:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.with_suffix(".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with flocked(self._path.with_suffix(".lock"), fcntl.LOCK_EX):
             yield self._read()
 
     def _read(self) -> _Content:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fourdvq.errors import CODES, Refused
-from fourdvq.evaluation.conformal import SCALARS
+from fourdvq.evaluation.conformal import counts_shape
 from fourdvq.plan import EvaluationSpec, Plan
 from fourdvq.tensors import Weights, first_nonfinite, form_difference, payload_sha256
 from fourdvq.training.update import WIRE_DTYPES, clip_relative, to_wire
@@ -252,9 +252,8 @@ def _conformal(outcome: Outcome, context: Context) -> Cleared:
     rules = context.policy
     require_patients(outcome, rules.cohort.min_patients_per_summary)
     spec = context.plan.evaluation if context.plan is not None else EvaluationSpec()
-    shape = (len(SCALARS), len(spec.horizon_bins_years) + 1, spec.conformal_bins + 1)
     counts = reply.counts
-    if counts.shape != shape or counts.dtype != np.int64 or (counts < 0).any():
+    if counts.shape != counts_shape(spec) or counts.dtype != np.int64 or (counts < 0).any():
         raise _refuse("eval_summary", "counts of another shape or type, or below zero")
     patients = _count(reply.patients, outcome.patients)
     by_horizon = counts.sum(axis=2)

@@ -11,8 +11,6 @@ A new trajectory replaces the patient's former one in one rename. Nothing here l
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -25,7 +23,7 @@ from torch import Tensor
 
 from fourdvq import __version__
 from fourdvq.data.datasets import PreparedPatient, PreparedScan, load_x01
-from fourdvq.data.files import file_sha256, write_atomic
+from fourdvq.data.files import csv_bytes, file_sha256, write_atomic
 from fourdvq.data.volume import Volume, write_nifti
 from fourdvq.generation import Trajectory
 from fourdvq_client.released import Released
@@ -216,12 +214,9 @@ def _write_pictures(folder: Path, release: Released, patient: PreparedPatient, m
 
 def _code_table(made: Trajectory) -> bytes:
     """years, kind, and the share of each code in the lung."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["years", "kind", *(f"code_{k}" for k in range(made.histograms.shape[1]))])
-    for time, kind, row in zip(made.times, made.kinds, made.histograms, strict=True):
-        writer.writerow([f"{time:g}", kind, *(f"{float(v):.9g}" for v in row)])
-    return text.getvalue().encode()
+    columns = ["years", "kind", *(f"code_{k}" for k in range(made.histograms.shape[1]))]
+    courses = zip(made.times, made.kinds, made.histograms, strict=True)
+    return csv_bytes(columns, ([f"{t:g}", kind, *(f"{float(v):.9g}" for v in row)] for t, kind, row in courses))
 
 
 def _real_at(patient: PreparedPatient, times: Sequence[float], window_hu: tuple[float, float]) -> list[Tensor | None]:

@@ -6,8 +6,6 @@ folder each key is found. A line `study-...: series-...` in series.yaml overrule
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from pathlib import Path
 from fourdvq.data.choice import ChoiceRules
 from fourdvq.data.cohort import Cohort, Finding, pseudonyms
 from fourdvq.data.dicom_studies import OVERRIDES, DicomOptions
+from fourdvq.data.files import csv_bytes
 from fourdvq.data.limits import shown
 from fourdvq.errors import ConfigError
 from fourdvq.preprocessing.profile import Profile
@@ -72,7 +71,7 @@ def read_overrides(path: Path) -> dict[str, str]:
 def write_intake(workspace: Workspace, cohort: Cohort) -> None:
     """Write findings.csv, candidates.csv and private/series.csv, each for the owner's eyes only (mode 0600)."""
     findings = [[getattr(f, c) for c in FINDING_COLUMNS] for f in cohort.findings]
-    write_private(workspace.findings, _csv(FINDING_COLUMNS, findings))
+    write_private(workspace.findings, _shown_csv(FINDING_COLUMNS, findings))
     names = _names(workspace, (c.patient_id for c in cohort.candidates))
     rows = [
         [names[c.patient_id], c.study_key, c.series_key, "yes" if c.used else "", c.by]
@@ -80,9 +79,9 @@ def write_intake(workspace: Workspace, cohort: Cohort) -> None:
         + [c.reject]
         for c in cohort.candidates
     ]
-    write_private(candidates_file(workspace), _csv(CANDIDATE_COLUMNS, sorted(rows)))
+    write_private(candidates_file(workspace), _shown_csv(CANDIDATE_COLUMNS, sorted(rows)))
     places = sorted([c.study_key, c.series_key, c.patient_id, shown(c.folder)] for c in cohort.candidates)
-    write_private(workspace.private / "series.csv", _csv(("study", "series", "patient_id", "folder"), places))
+    write_private(workspace.private / "series.csv", _shown_csv(("study", "series", "patient_id", "folder"), places))
 
 
 def shown_findings(workspace: Workspace, findings: Sequence[Finding], tables: Mapping[str, str]) -> list[ShownFinding]:
@@ -116,9 +115,5 @@ def _rules(profile: Profile) -> ChoiceRules:
     )
 
 
-def _csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    return text.getvalue().encode("utf-8", "backslashreplace")
+def _shown_csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
+    return csv_bytes(columns, rows, errors="backslashreplace")  # a path need not be UTF-8

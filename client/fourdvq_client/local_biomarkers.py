@@ -3,14 +3,13 @@ coordinator told this site, and where the selected codes lie in a scan. All of i
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fourdvq.data.datasets import PreparedPatient, clinical_of, load_x01, open_prepared
+from fourdvq.data.files import csv_bytes
 from fourdvq.data.latents import LatentPatient
 from fourdvq.errors import CohortError
 from fourdvq.generation import code_histogram
@@ -96,9 +95,8 @@ def _places(vqgan: VQGAN3d, patient: PreparedPatient, latents: LatentPatient, pl
 
 
 def _csv(names: tuple[str, ...], shares: np.ndarray, risk: np.ndarray) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["pseudonym", "log_hazard_ratio", *(f"code_{k}" for k in range(shares.shape[1]))])
-    for name, value, row in zip(names, risk, shares, strict=True):
-        writer.writerow([name, "" if np.isnan(value) else f"{value:.6g}", *(f"{v:.9g}" for v in row)])
-    return text.getvalue().encode()
+    columns = ["pseudonym", "log_hazard_ratio", *(f"code_{k}" for k in range(shares.shape[1]))]
+    patients = zip(names, risk, shares, strict=True)
+    return csv_bytes(
+        columns, ([n, "" if np.isnan(r) else f"{r:.6g}", *(f"{v:.9g}" for v in row)] for n, r, row in patients)
+    )

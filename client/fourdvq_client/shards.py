@@ -10,16 +10,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
-import os
 import re
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fourdvq.errors import ConfigError, TemporaryStop
-from fourdvq_client.workspace import PRIVATE_FILE, Workspace, locked
+from fourdvq.errors import ConfigError
+from fourdvq_client.workspace import Workspace, flocked, locked
 
 _FORM = re.compile(r"(\d{1,4})/(\d{1,4})")
 
@@ -69,9 +66,9 @@ def preparing(workspace: Workspace, shard: Shard) -> Iterator[None]:
         return
     folder = _lock_folder(workspace)
     with contextlib.ExitStack() as held:
-        held.enter_context(_flock(workspace.state / "lock", fcntl.LOCK_SH | fcntl.LOCK_NB))
+        held.enter_context(_held(workspace.state / "lock", fcntl.LOCK_SH | fcntl.LOCK_NB))
         with tables_locked(workspace):
-            held.enter_context(_flock(folder / f"{shard.number}-of-{shard.of}.lock", fcntl.LOCK_EX | fcntl.LOCK_NB))
+            held.enter_context(_held(folder / f"{shard.number}-of-{shard.of}.lock", fcntl.LOCK_EX | fcntl.LOCK_NB))
             _require_one_partition(folder, shard)
         yield
 
@@ -79,7 +76,7 @@ def preparing(workspace: Workspace, shard: Shard) -> Iterator[None]:
 @contextlib.contextmanager
 def tables_locked(workspace: Workspace) -> Iterator[None]:
     """Wait for, and hold, the tables of the whole cohort: names, splits, clinical rows, decisions, the manifest."""
-    with _flock(_lock_folder(workspace) / "tables.lock", fcntl.LOCK_EX):
+    with _held(_lock_folder(workspace) / "tables.lock", fcntl.LOCK_EX):
         yield
 
 
@@ -88,37 +85,15 @@ def _require_one_partition(folder: Path, shard: Shard) -> None:
     for path in folder.glob("*-of-*.lock"):
         if path.name.endswith(f"-of-{shard.of}.lock"):
             continue
-        with contextlib.suppress(FileNotFoundError), _flock(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        with contextlib.suppress(FileNotFoundError), _held(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
             path.unlink()
+
+
+def _held(path: Path, how: int) -> contextlib.AbstractContextManager[None]:
+    return flocked(path, how, hint="; shards that run at once need one N")
 
 
 def _lock_folder(workspace: Workspace) -> Path:
     folder = workspace.state / "shards"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-@contextlib.contextmanager
-def _flock(path: Path, how: int) -> Iterator[None]:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, PRIVATE_FILE)
-    try:
-        try:
-            fcntl.flock(handle, how)
-        except OSError:
-            raise _busy(path, handle) from None
-        if how & fcntl.LOCK_EX:
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _busy(path: Path, handle: int) -> TemporaryStop:
-    try:
-        holder = json.loads(os.pread(handle, 4096, 0))
-        who = f"process {holder['pid']} on {holder['host']}"
-    except (ValueError, KeyError, TypeError):
-        who = "another process"
-    fix = f"stop {who}, or wait until it ends; shards that run at once need one N"
-    return TemporaryStop("E_BUSY", where=str(path), found=who, fix=fix)

@@ -202,16 +202,26 @@ def locked(workspace: Workspace) -> Iterator[None]:
 
     The kernel frees the lock when its holder dies, so a file left behind by a crash locks nobody out.
     """
-    workspace.state.mkdir(parents=True, exist_ok=True)
-    path = workspace.state / "lock"
+    with flocked(workspace.state / "lock", fcntl.LOCK_EX | fcntl.LOCK_NB, where=workspace.root):
+        yield
+
+
+@contextlib.contextmanager
+def flocked(path: Path, how: int, *, where: Path | None = None, hint: str = "") -> Iterator[None]:
+    """Hold a lock file, `how` as flock takes it; who holds one alone writes down pid and host.
+
+    Raises TemporaryStop E_BUSY that names the holder, at `where` (else the file), with `hint` added to the remedy.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, PRIVATE_FILE)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, how)
         except OSError:
-            raise _busy(path) from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+            raise _busy(path, where or path, hint) from None
+        if how & fcntl.LOCK_EX:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
         yield
     finally:
         os.close(handle)
@@ -247,14 +257,10 @@ def write_private(path: Path, data: bytes) -> None:
         raise
 
 
-def _busy(path: Path) -> FourdvqError:
+def _busy(path: Path, where: Path, hint: str) -> FourdvqError:
     holder = _holder(path)
-    return TemporaryStop(
-        "E_BUSY",
-        where=str(path.parent.parent),
-        found=f"process {holder.get('pid', '?')} on {holder.get('host', '?')}",
-        fix=f"stop process {holder.get('pid', '?')} on {holder.get('host', '?')}, or wait until it ends",
-    )
+    who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}" if holder else "another process"
+    return TemporaryStop("E_BUSY", where=str(where), found=who, fix=f"stop {who}, or wait until it ends{hint}")
 
 
 def _holder(path: Path) -> dict[str, Any]:

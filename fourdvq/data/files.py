@@ -1,14 +1,14 @@
-"""Files that are complete or absent: a temporary name beside the target, fsync, then one rename."""
+"""Files that are complete or absent: a temporary name beside the target, fsync, then one rename. Hashes, CSV."""
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
+import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-
-_BLOCK = 1 << 20
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -36,11 +36,8 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
 
 def file_sha256(path: Path) -> str:
     """Hex sha256 of a file's bytes, read in blocks."""
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def content_sha256(path: Path) -> str:
@@ -57,3 +54,12 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def csv_bytes(columns: Sequence[str], rows: Iterable[Iterable[object]], errors: str = "strict") -> bytes:
+    """A CSV as this package writes it: UTF-8, one `\\n` a row, None empty; `errors` as `str.encode` takes it."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue().encode("utf-8", errors)

@@ -8,9 +8,10 @@ the header announces.
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
@@ -55,6 +56,27 @@ class ImageHeader:
         if self.slope != 1.0:
             return False
         return self.intercept == 0.0 or (self.intercept in INTERCEPTS and smallest >= self.intercept)
+
+
+class Inflater:
+    """Reads a zlib or gzip stream piece by piece, never more than was asked for."""
+
+    def __init__(self, stream: BinaryIO, wbits: int) -> None:
+        self._stream = stream
+        self._inflater = zlib.decompressobj(wbits)
+        self._waiting = b""
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes; empty at the end. Raises EOFError if the stream was cut short."""
+        found = b""
+        while not found and not self._inflater.eof:
+            if not self._waiting:
+                self._waiting = self._stream.read(1 << 16)
+            if not self._waiting:
+                raise EOFError
+            found = self._inflater.decompress(self._waiting, size)
+            self._waiting = self._inflater.unconsumed_tail
+        return found
 
 
 def check_announced(header: ImageHeader, path: Path, limits: ReaderLimits) -> None:

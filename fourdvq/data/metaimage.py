@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fourdvq.data.image_header import ImageHeader, check_announced, check_voxel_bytes
+from fourdvq.data.image_header import ImageHeader, Inflater, check_announced, check_voxel_bytes
 from fourdvq.data.limits import ReaderLimits
 from fourdvq.data.text_header import TextHeader
 from fourdvq.errors import VolumeError
@@ -96,24 +96,3 @@ def _check_data(stream: BinaryIO, text: TextHeader, header: ImageHeader, path: P
         check_voxel_bytes(stream, header, path)
         return
     check_voxel_bytes(Inflater(stream, zlib.MAX_WBITS), header, path)
-
-
-class Inflater:
-    """Reads a zlib or gzip stream piece by piece, never more than was asked for."""
-
-    def __init__(self, stream: BinaryIO, wbits: int) -> None:
-        self._stream = stream
-        self._inflater = zlib.decompressobj(wbits)
-        self._waiting = b""
-
-    def read(self, size: int) -> bytes:
-        """Up to `size` bytes; empty at the end. Raises EOFError if the stream was cut short."""
-        found = b""
-        while not found and not self._inflater.eof:
-            if not self._waiting:
-                self._waiting = self._stream.read(1 << 16)
-            if not self._waiting:
-                raise EOFError
-            found = self._inflater.decompress(self._waiting, size)
-            self._waiting = self._inflater.unconsumed_tail
-        return found

@@ -11,9 +11,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fourdvq.data.image_header import ImageHeader, check_announced, check_voxel_bytes
+from fourdvq.data.image_header import ImageHeader, Inflater, check_announced, check_voxel_bytes
 from fourdvq.data.limits import ReaderLimits
-from fourdvq.data.metaimage import Inflater
 from fourdvq.data.text_header import TextHeader
 
 _TYPES = {

@@ -10,7 +10,6 @@ from __future__ import annotations
 import struct
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -161,7 +160,8 @@ def _decoded(code: bytes, s: SliceHeader) -> np.ndarray:
     if s.transfer_syntax == RLELossless:
         # Six times as fast as GDCM, which reads it byte by byte, and without leaving Python.
         return _with_pydicom(data, s)
-    with _temporary_file() as path:
+    with tempfile.TemporaryDirectory(prefix="fourdvq-") as folder:
+        path = Path(folder) / "image.dcm"
         data.save_as(path, enforce_file_format=True)
         return _read_with_itk(path, s)
 
@@ -217,12 +217,6 @@ def _shaped(values: np.ndarray, s: SliceHeader) -> np.ndarray:
     if values.size != s.rows * s.columns:
         raise _corrupt(s, f"{values.size} pixels", f"{s.rows * s.columns} pixels")
     return values.reshape(s.rows, s.columns)
-
-
-@contextmanager
-def _temporary_file() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="fourdvq-") as folder:
-        yield Path(folder) / "image.dcm"
 
 
 def _corrupt(s: SliceHeader, found: str, wanted: str = "") -> VolumeError:

@@ -10,13 +10,12 @@ Nothing here holds a real id, a date or a path outside the prep folder. docs/ref
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fourdvq.data.files import write_atomic
+from fourdvq.data.files import csv_bytes, write_atomic
 from fourdvq.errors import CohortError
 
 MANIFEST_COLUMNS = (
@@ -30,11 +29,7 @@ CLINICAL_COLUMNS = ("pseudonym", "age", "sex", "smoking", "time_days", "event")
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a CSV atomically, unless it is there with these very bytes; None becomes an empty field."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({c: "" if row.get(c) is None else row[c] for c in columns} for row in rows)
-    write_changed(path, stream.getvalue().encode())
+    write_changed(path, csv_bytes(columns, ([row.get(c) for c in columns] for row in rows)))
 
 
 def write_changed(path: Path, data: bytes) -> bool:

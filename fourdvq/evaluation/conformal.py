@@ -14,8 +14,14 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fourdvq.errors import ConfigError
+from fourdvq.plan import EvaluationSpec
 
 SCALARS = ("density", "dense_share", "code_share")  # the numbers that have bands; see fourdvq.evaluation.scalars
+
+
+def counts_shape(spec: EvaluationSpec) -> tuple[int, int, int]:
+    """Numbers, horizons (the last is beyond all bins) and bins (the last as well) of the counts of a plan."""
+    return len(SCALARS), len(spec.horizon_bins_years) + 1, spec.conformal_bins + 1
 
 
 def public_bins(largest: float, n_bins: int = 200) -> np.ndarray:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fourdvq.evaluation.conformal import SCALARS, horizon_counts, merged_quantile, public_bins
+from fourdvq.evaluation.rows import Case
 from fourdvq.evaluation.trajectory import LongitudinalPatient, case_of, horizon_label
 from fourdvq.generation import (
     WorldModel,
@@ -58,24 +59,9 @@ class Band:
 def scalar_errors(world: WorldModel, patients: Iterable[LongitudinalPatient], plan: Plan) -> list[ScalarErrors]:
     """Errors of patients with three scans or more, the others left out. ModelError E_TOKENIZER as `check_world`."""
     check_world(world)
-    found = []
+    cases = (case_of(patient, plan, "extrapolation") for patient in patients)
     with evaluating(world):
-        for patient in patients:
-            case = case_of(patient, plan, "extrapolation")
-            if case is not None:
-                given_years = snap_times(case.years_given, world.ode.spec.grid)
-                year = snap_times(case.years[:1], world.ode.spec.grid)
-                given = encode_given(world, case.scans, given_years, case.lung)
-                zhat = predict_codes(world, given, year)
-                volume = residual_volumes(world, given, case.scans, year, zhat)[0]
-                codes = decode_codes(world, given, zhat[0], requantise=True)[1]
-                target = case.targets[0]
-                true_codes = encode_given(world, target[None, None], [0.0], case.lung).indices[0]
-                n_codes = world.vqgan.spec.n_codes
-                shares = [code_histogram(c.cpu(), given.lung.cpu(), n_codes) for c in (codes, true_codes)]
-                errors = _errors(volume, target, case.lung, plan.window_hu, shares)
-                found.append(ScalarErrors(case.years[0] - case.years_given[-1], errors))
-    return found
+        return [_of_case(world, case, plan.window_hu) for case in cases if case is not None]
 
 
 def scalar_counts(errors: Sequence[ScalarErrors], spec: EvaluationSpec) -> np.ndarray:
@@ -99,6 +85,20 @@ def bands(counts: np.ndarray, spec: EvaluationSpec) -> list[Band]:
                 for coverage in spec.conformal_coverages
             ]
     return found
+
+
+def _of_case(world: WorldModel, case: Case, window_hu: tuple[float, float]) -> ScalarErrors:
+    """The first target of a patient, as predicted from the two given scans."""
+    grid, n_codes = world.ode.spec.grid, world.vqgan.spec.n_codes
+    year, target = snap_times(case.years[:1], grid), case.targets[0]
+    given = encode_given(world, case.scans, snap_times(case.years_given, grid), case.lung)
+    zhat = predict_codes(world, given, year)
+    volume = residual_volumes(world, given, case.scans, year, zhat)[0]
+    codes = decode_codes(world, given, zhat[0], requantise=True)[1]
+    true_codes = encode_given(world, target[None, None], [0.0], case.lung).indices[0]
+    shares = [code_histogram(c.cpu(), given.lung.cpu(), n_codes) for c in (codes, true_codes)]
+    errors = _errors(volume, target, case.lung, window_hu, shares)
+    return ScalarErrors(case.years[0] - case.years_given[-1], errors)
 
 
 def _errors(

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fourdvq.errors import ConfigError, DataError, TemporaryStop
 from fourdvq.preprocessing.inputs import ScanInput, scan_inputs, source_key, told
@@ -120,8 +120,7 @@ def settled_patient(
 def record_failure(step: StepInHand, profile: Profile, folder: Path, code: str) -> None:
     """Record for a process that died, or was stopped, in the middle of a scan; `folder` is the patient's."""
     scan = step.scan
-    facts = {"index": scan.index, "days": scan.days, "key": step.key, "baseline": step.baseline}
-    record = new_record(profile, folder.name, **facts)  # type: ignore[arg-type]
+    record = new_record(profile, folder.name, index=scan.index, days=scan.days, key=step.key, baseline=step.baseline)
     write_without_outputs(folder / str(scan.index), record, "failed", [code])
 
 
@@ -225,9 +224,7 @@ class _Patient:
         maker, base, folder = self._maker, self.baseline, self.folder / str(scan.index)
         index = base.scan.index if base else None
         maker.say = lambda name: self._say(StepInHand(scan, name, key, index))
-        facts = {"index": scan.index, "days": scan.days, "key": key, "baseline": index}
-        record = new_record(self.profile, self.pseudonym, **facts)  # type: ignore[arg-type]
-        record["versions"] = maker.versions
+        record = self._new_record(scan, key) | {"versions": maker.versions}
         mask_key = segment_key(scan.source_sha256, self.profile)
         try:
             checked = maker.read_and_check(scan, mask_key)
@@ -248,10 +245,7 @@ class _Patient:
 
     def _failed(self, scan: ScanInput, key: str, code: str, detail: str) -> ScanResult:
         """A failed scan with its record. A key of nothing never fits, so that such a scan is tried again by itself."""
-        folder = self.folder / str(scan.index)
-        baseline = self.baseline.scan.index if self.baseline else None
-        facts = {"index": scan.index, "days": scan.days, "key": key, "baseline": baseline}
-        record = new_record(self.profile, self.pseudonym, **facts)  # type: ignore[arg-type]
+        folder, record = self.folder / str(scan.index), self._new_record(scan, key)
         try:
             known = read_record(folder)
             if known is not None and known["status"] == "failed" and known == {**known, **record, "code": code}:
@@ -262,6 +256,10 @@ class _Patient:
                 raise TemporaryStop("DISK_FULL", where=str(self.folder)) from None
             return ScanResult(scan.index, scan.days, "failed", code, "", detail=detail)
         return replace(result, detail=detail)
+
+    def _new_record(self, scan: ScanInput, key: str) -> dict[str, Any]:
+        baseline = self.baseline.scan.index if self.baseline else None
+        return new_record(self.profile, self.pseudonym, index=scan.index, days=scan.days, key=key, baseline=baseline)
 
     def _left_out(self, scan: ScanInput) -> ScanResult:
         """What the record of a rejected scan says; the scan is not touched."""

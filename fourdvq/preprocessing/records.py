@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fourdvq import __version__
 from fourdvq.config import sha256_of, to_plain
-from fourdvq.data.files import write_atomic
+from fourdvq.data.files import file_sha256, write_atomic
 from fourdvq.preprocessing.profile import Profile, profile_to_plain
 
 if TYPE_CHECKING:
@@ -222,8 +222,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def _file_sha256(path: Path) -> str:
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError:
         return ""
 

@@ -17,9 +17,7 @@ class Hardware:
 
     devices: Literal["auto"] | int = "auto"  # auto: every GPU that there is; on a CPU one process
     micro_batch: int = 1  # scans in one forward pass
-    memory: Literal["auto", "low"] = (
-        "auto"  # low: compute residual blocks again for the gradient; auto: once it ran out
-    )
+    memory: Literal["auto", "low"] = "auto"  # low: residual blocks are computed again; auto: once memory ran out
     compile: Literal["auto", "always", "never"] = "auto"  # torch.compile of the generator; auto: on a GPU
     layout: Literal["auto", "contiguous", "channels_last"] = "auto"  # auto: channels last with compiled code on a GPU
 

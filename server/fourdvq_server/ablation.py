@@ -11,15 +11,13 @@ compared is the order of the rows. Source: paper tables 1 and 3.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fourdvq.data.files import write_atomic
+from fourdvq.data.files import csv_bytes, write_atomic
 from fourdvq.errors import ConfigError
 from fourdvq_server.experiment import Experiment, compose, compose_plain
 from fourdvq_server.project import Project
@@ -136,12 +134,8 @@ def existing(project: Project, name: str, experiment: Experiment) -> RunStore | 
 def write_table(out: Path, table: int, rows: Sequence[Mapping[str, Any]]) -> tuple[Path, Path]:
     """Write table<N>.csv and table<N>.json under `out`; returns both paths."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
-    writer.writeheader()
-    writer.writerows(rows)
     paths = (out / f"table{table}.csv", out / f"table{table}.json")
-    write_atomic(paths[0], text.getvalue().encode())
+    write_atomic(paths[0], csv_bytes(columns, ([row.get(c) for c in columns] for row in rows)))
     write_atomic(paths[1], (json.dumps({"table": table, "rows": list(rows)}, indent=1) + "\n").encode())
     return paths
 

@@ -7,13 +7,11 @@ nothing for it. Files and the section of a report are made from the same row.
 from __future__ import annotations
 
 import base64
-import csv
-import io
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fourdvq.data.files import write_atomic
+from fourdvq.data.files import csv_bytes, write_atomic
 from fourdvq_server.store import read_json
 
 RECORD = "selection.json"
@@ -126,11 +124,7 @@ def _label(code: int | str) -> str:
 
 
 def _csv(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: row[name] for name in columns} for row in rows)
-    return stream.getvalue()
+    return csv_bytes(columns, ([row[name] for name in columns] for row in rows)).decode()
 
 
 def _address(data: bytes, kind: str) -> str:

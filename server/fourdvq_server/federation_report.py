@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
 from fourdvq.config import to_plain
-from fourdvq.data.files import file_sha256, write_atomic
+from fourdvq.data.files import csv_bytes, file_sha256, write_atomic
 from fourdvq.errors import ConfigError
 from fourdvq_server.biomarker_files import report_figures
 from fourdvq_server.stages.table import STAGES
@@ -66,8 +64,8 @@ def export_folder(store: RunStore, out: Path) -> list[Path]:
     write_atomic(out / "plan.json", store.plan.to_json().encode())
     write_json(out / "profile.json", store.profile)
     write_json(out / "run.json", {**store.facts, "run": store.name, "plan_sha256": store.plan.hash})
-    write_atomic(out / "metrics.csv", _csv(_METRIC_COLUMNS, _metric_rows(store)))
-    write_atomic(out / "scores.csv", _csv(_SCORE_COLUMNS, _score_rows(store)))
+    write_atomic(out / "metrics.csv", csv_bytes(_METRIC_COLUMNS, _metric_rows(store)))
+    write_atomic(out / "scores.csv", csv_bytes(_SCORE_COLUMNS, _score_rows(store)))
     write_html(store, out / "report.html")
     files = sorted(path for path in out.iterdir() if path.is_file())
     write_atomic(out / "SHA256SUMS", "".join(f"{file_sha256(p)}  {p.name}\n" for p in files).encode())
@@ -122,14 +120,6 @@ def _score_rows(store: RunStore) -> list[tuple[Any, ...]]:
         for group, rows in groups.items()
         for r in rows
     ]
-
-
-def _csv(columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> bytes:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    return stream.getvalue().encode()
 
 
 _PAGE = """<!doctype html>

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fourdvq.errors import WireError
-from fourdvq.evaluation.conformal import SCALARS
+from fourdvq.evaluation.conformal import counts_shape
 from fourdvq.federation.aggregate import check_update
 from fourdvq.federation.codebook import CodebookStats, check_stats
 from fourdvq.plan import Plan
@@ -104,8 +104,7 @@ def _summary(site: str, _plan: Plan, _task: Task, body: EvalSummary) -> None:
 
 
 def _conformal(site: str, plan: Plan, _task: Task, body: ConformalCounts) -> None:
-    spec, counts = plan.evaluation, body.counts
-    shape = (len(SCALARS), len(spec.horizon_bins_years) + 1, spec.conformal_bins + 1)
+    counts, shape = body.counts, counts_shape(plan.evaluation)
     if counts.shape != shape or counts.dtype != np.int64:
         raise WireError("E_MESSAGE", where=f"{site}: counts", found=f"{counts.dtype}{counts.shape}", wanted=str(shape))
     if (counts < 0).any():

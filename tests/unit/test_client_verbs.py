@@ -23,13 +23,7 @@ from fourdvq_client.runtime import store_plan
 from fourdvq_client.workspace import open_workspace, read_profile
 from site_cases import PATIENTS, give_model, hospital, new_site, prepared_site, tiny_plan
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-import torch
 from PIL import Image, ImageSequence
 
 from client_calls import call
@@ -28,13 +27,7 @@ from fourdvq_client.workspace import open_workspace
 from site_cases import PATIENTS, give_model, prepared_site, tiny_plan
 from temporal_cases import randomise
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

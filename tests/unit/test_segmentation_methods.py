@@ -24,12 +24,7 @@ NAMES = ("0123456789ab", "ba9876543210")
 TINY = load_profile(Path(__file__).parents[2] / "configs" / "preprocessing" / "tiny.yaml")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

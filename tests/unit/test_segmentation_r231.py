@@ -22,13 +22,7 @@ from fourdvq.preprocessing.segmentation.r231_network import SliceUNet, network_f
 from fourdvq.preprocessing.segmentation.r231_slices import Crop, clean_labels, network_input, to_slice
 from r231_cases import blobs, formula_tensors, slice_of_ellipses, two_bands, two_lungs, weights_file
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -24,13 +24,7 @@ from fourdvq_client.survival_model import keep_model
 from fourdvq_client.workspace import open_workspace, read_profile
 from site_cases import codebook, ode_weights, prepared_site, tiny_plan
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -97,12 +97,12 @@ def preprocess(
     part = parse_shard(shard)
     if force and force not in FORCED_STEPS:
         raise ConfigError("E_USAGE", where="--force", found=force, wanted=", ".join(FORCED_STEPS))
-    with _stopped_by_sigterm(), preparing(workspace, part), _Waiting() as waiting:
+    with _stopped_by_sigterm(), preparing(workspace, part), _Progress("patients") as waiting:
         if verify:
             return _verified(workspace, part, waiting)
         request = Request(part, retry_failed, force, auto_approve, 60.0 * scan_minutes, isolated=True)
         summary = prepare_site(
-            workspace, config, workers=workers, request=request, progress=waiting.patients, on_step=waiting.step
+            workspace, config, workers=workers, request=request, progress=waiting.done, on_step=waiting.step
         )
     return Result(summary.as_dict(), _summary_lines(summary, workspace), _exit_of(summary.some_refused))
 
@@ -129,11 +129,11 @@ def _summary_lines(summary: PreparationSummary, workspace: Workspace) -> tuple[s
     return tuple(lines)
 
 
-def _verified(workspace: Workspace, shard: Shard, waiting: _Waiting) -> Result:
+def _verified(workspace: Workspace, shard: Shard, waiting: _Progress) -> Result:
     """Read every prepared file; what is damaged is named and left to be made again."""
     from fourdvq_client.preparation import verify_site
 
-    found = verify_site(workspace, shard, progress=waiting.patients)
+    found = verify_site(workspace, shard, progress=waiting.done)
     lines = [f"{found.patients} patients, {found.scans} scans read: {len(found.damaged)} damaged"]
     lines += [f"  {d.pseudonym}/{d.index}: {', '.join(d.files)}" for d in found.damaged[:_SHOWN]]
     if found.damaged:
@@ -171,28 +171,6 @@ class _Progress:
         if done == total or (done - self._shown) * 100 >= total:
             self._advance(done - self._shown, "")
             self._shown = done
-
-
-class _Waiting:
-    """The progress line: patients done of all, and the step in hand; it appears once their number is known."""
-
-    def __init__(self) -> None:
-        self._stack = contextlib.ExitStack()
-        self._advance: Callable[..., None] | None = None
-        self._shown = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def patients(self, done: int, total: int) -> None:
-        """So many patients are done."""
-        if self._advance is None:
-            self._advance = self._stack.enter_context(console.progress("patients", total))
-        self._advance(done - self._shown, "")
-        self._shown = done
 
     def step(self, text: str) -> None:
         """What is being done now."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -12,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from fourdvq.data.files import write_atomic
+from fourdvq.data.files import csv_bytes, write_atomic
 from fourdvq.data.phantom.patients import PhantomPatient, draw_patients
 from fourdvq.data.phantom.rendering import scan
 from fourdvq.data.phantom.truth import PhantomCohort, write_patients, write_scan_truth
@@ -116,13 +114,7 @@ def _write_tables(out: Path, drawn: tuple[PhantomPatient, ...], format: Format, 
             mask = f"{stem}_lung.nii.gz" if masks else ""
             scans.append([patient.patient_id, visit.scan_id, stem + suffix, visit.days, mask])
     clinical: list[list[object]] = [[p.patient_id, p.age, p.sex, p.smoking, p.time_days, p.event] for p in drawn]
-    _write_csv(out / "scans.csv", ["patient_id", "scan_id", "path", "days_from_baseline", "mask"], scans)
-    _write_csv(out / "clinical.csv", ["patient_id", "age", "sex", "smoking", "time_days", "event"], clinical)
-
-
-def _write_csv(path: Path, header: list[str], rows: list[list[object]]) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue().encode())
+    scan_columns = ["patient_id", "scan_id", "path", "days_from_baseline", "mask"]
+    write_atomic(out / "scans.csv", csv_bytes(scan_columns, scans))
+    patient_columns = ["patient_id", "age", "sex", "smoking", "time_days", "event"]
+    write_atomic(out / "clinical.csv", csv_bytes(patient_columns, clinical))

@@ -104,7 +104,7 @@ def register(
         raise RegistrationError("E_REG", where="the centroid step", found=f"Dice {before.dice:.2f}")
     mind_before = mind_distance(pair.fixed, warped(pair, start), pair.fixed_mask, device)
     linear, kept = _guarded_affine(pair, start, before, spec) if backend.affine else (start, False)
-    found, undone = _deformed(pair, linear, backend, spec, device)
+    found, facts, undone = _deformed(pair, linear, backend, spec, device)
     transform = linear if found is None else compose(linear, found.u)
     return Registration(
         transform=transform,
@@ -115,7 +115,7 @@ def register(
         unaligned=unaligned,
         before=before,
         after=overlap(pair, transform),
-        facts=field_facts(found.u, pair.fixed_mask) if found else FieldFacts(0.0, 0.0, 0.0, 0.0),
+        facts=facts,
         mind_before=mind_before,
         mind_after=mind_distance(pair.fixed, warped(pair, transform), pair.fixed_mask, device),
         consistency=undone,
@@ -131,16 +131,15 @@ def compose(linear: sitk.Transform, field: sitk.Image) -> sitk.Transform:
 
 def _deformed(
     pair: WorkingPair, linear: sitk.Transform, backend: Backend, spec: RegistrationSpec, device: str
-) -> tuple[FoundField | None, Consistency | None]:
-    """The field after the linear map, and how well the same backend with the roles exchanged undoes it."""
+) -> tuple[FoundField | None, FieldFacts, Consistency | None]:
+    """The field after the linear map, its facts, and how well the same backend with the roles exchanged undoes it."""
     if backend.field is None:
-        return None, None
+        return None, FieldFacts(0.0, 0.0, 0.0, 0.0), None
     aligned = AlignedPair(pair.grid, pair.fixed, pair.fixed_mask, warped(pair, linear), warped_mask(pair, linear))
     found = backend.field(aligned, spec, device)
-    if not np.isfinite(sitk.GetArrayViewFromImage(found.u)).all():
-        raise RegistrationError("E_REG", where="the deformable step", found="a field that is not finite")
+    facts = field_facts(found.u, pair.fixed_mask)
     back = backend.field(aligned.exchanged(), spec, device)
-    return found, consistency(found.u, back.u, pair.fixed_mask)
+    return found, facts, consistency(found.u, back.u, pair.fixed_mask)
 
 
 def _guarded_affine(

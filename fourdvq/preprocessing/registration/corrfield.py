@@ -19,7 +19,7 @@ from fourdvq.preprocessing.profile import RegistrationSpec
 from fourdvq.preprocessing.registration.backends import AlignedPair, FoundField, KeypointFacts
 from fourdvq.preprocessing.registration.cost import Search, displacement_cost, with_energy
 from fourdvq.preprocessing.registration.keypoints import keypoints
-from fourdvq.preprocessing.registration.mind import filtered, mind_ssc, one_thread
+from fourdvq.preprocessing.registration.mind import feature_distance, filtered, mind_ssc, one_thread
 from fourdvq.preprocessing.registration.refine import Refinement, correction
 from fourdvq.preprocessing.registration.spline import Spline, fit_spline
 from fourdvq.preprocessing.registration.tree import marginals, spanning_tree
@@ -81,16 +81,14 @@ def corrfield_field(pair: AlignedPair, spec: RegistrationSpec, device: str = "cp
         for _ in range(preset.refinements):
             step = correction(features, mind_ssc(warped_image(moving, found)), mask, preset.refinement)
             found = composed(step, found)
-        if _unlike(features, warped_image(moving, found), mask) >= _unlike(features, moving, mask):
+        after, before = (
+            feature_distance(features, mind_ssc(image), mask) for image in (warped_image(moving, found), moving)
+        )
+        if after >= before:
             found.zero_()  # nothing moved: what was found is the noise of the search
         missed = (looked_up(found, points.T).T - wanted).norm(dim=1).cpu().numpy() * mm
     facts = KeypointFacts(count=len(points), residual_p95_mm=float(np.percentile(missed, 95)))
     return FoundField(_as_image(found.cpu().numpy() * mm, pair), facts)
-
-
-def _unlike(features: Tensor, moved: Tensor, mask: Tensor) -> float:
-    """Mean squared difference of the fixed image's features and those of a moved one, in the lung."""
-    return float((features - mind_ssc(moved)).square_().mean(dim=0)[mask].double().mean())
 
 
 def _correspondences(

@@ -85,7 +85,12 @@ def mind_distance(fixed: np.ndarray, moved: np.ndarray, mask: np.ndarray, device
     inside = torch.from_numpy(mask).to(device)
     with one_thread():
         a, b = (mind_ssc(torch.from_numpy(np.ascontiguousarray(image)).to(device)) for image in (fixed, moved))
-        return float((a - b).square_().mean(dim=0)[inside].double().mean())
+        return feature_distance(a, b, inside)
+
+
+def feature_distance(fixed: Tensor, moved: Tensor, mask: Tensor) -> float:
+    """Mean squared difference of features (12, D, H, W) inside a mask (D, H, W); 0 if alike, at most 1."""
+    return float((fixed - moved).square_().mean(dim=0)[mask].double().mean())
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 The correction is a cubic B-spline with few nodes, and uneven corrections cost: it sharpens what the keypoints found and
 has no room to follow single voxels. Distances saturate: where new fibrosis stands, no displacement makes the scans
-alike, and such a place must not pull, or the map would squeeze the disease out of the lung. (On phantoms a plain sum of
-squares took up to 8 % of it away, twice as much as the saturating one, and left a larger error.) Source of the idea:
+alike, and such a place must not pull, or the map would squeeze the disease out of the lung (measured on phantoms by
+tests/benchmarks/prep_registration.py). Source of the idea:
 Siebert et al. 2021 (convex optimisation, then descent on the same features); of the saturation: Geman and McClure 1987;
 nodes, penalty and form: this project.
 """
@@ -34,9 +34,7 @@ class Refinement:
     steps: int = 40
     rate: float = 0.1  # voxels a step
     stiffness: float = 0.5  # squared feature distance per squared stretch
-    changed: float = (
-        0.01  # squared feature distance at which a place has rather changed than moved: half the full price
-    )
+    changed: float = 0.01  # squared feature distance that pays half: a place that has rather changed than moved
 
 
 def correction(fixed: Tensor, moving: Tensor, mask: Tensor, how: Refinement) -> Tensor:
