@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -34,6 +33,7 @@ from _common import clock, cpu_seconds, emit, figure, quartiles  # type: ignore[
 from fourdvq.preprocessing.grid import grid_of_spacing, lung_box
 from fourdvq.preprocessing.profile import RegistrationSpec
 from fourdvq.preprocessing.registration import Registration, register
+from peak_memory import peak_bytes
 from registration_cases import PairCase, moved, phantom_pair, planted, real_pair
 
 CORRFIELD = RegistrationSpec()
@@ -234,7 +234,7 @@ def _cost_of_one(preset: str) -> dict[str, float]:
     spec = replace(CORRFIELD, preset=preset, spacing_mm=spacing)
     (seconds,) = cpu_seconds(lambda: _register(case, spec))
     voxels = float(np.prod(grid_of_spacing(case.fixed, box, spacing).size)) / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = peak_bytes() / 2**30
     return {"seconds": seconds, "peak_gb": peak, "megavoxels": voxels}
 
 

@@ -12,7 +12,6 @@ import os
 os.environ.update({"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"})
 
 import argparse
-import resource
 import subprocess
 import sys
 import warnings
@@ -29,6 +28,7 @@ from fourdvq.survival import CoxSite, CoxSiteState, ModelRun, Settings, fit_cox_
 from fourdvq.survival.local import drive, share_masks
 from fourdvq.survival.messages import HelloRequest
 from fourdvq.survival.small_sample import assess_model
+from peak_memory import peak_bytes
 from survival_data import KEY, TIGHT, cohorts, stacked, with_folds
 
 PAPER = (85, 56)  # 141 patients, paper section 3
@@ -311,7 +311,7 @@ def _lifelines(frame: pd.DataFrame, options: dict[str, float] | None = None) -> 
 def _peak_of_4096_codes() -> float:
     """MB of this fresh process after one batch."""
     fit_cox_batch([with_folds(s) for s in cohorts(PAPER, codes=4096, seed=11)])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_bytes() / 2**20
 
 
 if __name__ == "__main__":

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Run as a script, Python sees this folder only; the helpers of the tests are one level up.
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from _common import clock, emit, figure, quartiles  # type: ignore[import-not-found]
@@ -33,6 +37,7 @@ from fourdvq.training.adversary import Adversary
 from fourdvq.training.hardware import Hardware
 from fourdvq.training.memory import set_recompute
 from fourdvq.training.vqgan import VqganTrainer
+from peak_memory import peak_bytes
 
 SIZE = (96, 256, 256)
 GIB = 2**30
@@ -227,7 +232,7 @@ def _on_cpu(flop: float) -> dict[str, Any]:
     before = time.process_time()
     step()
     seconds = time.process_time() - before
-    gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    gib = peak_bytes() / GIB
     row: dict[str, Any] = figure(
         "training step, 96x256x256, decoder half, bf16 where there is, one CPU thread",
         round(seconds, 1),
