@@ -258,7 +258,7 @@ CODES: dict[str, Explanation] = {
     "E_BOMB": _E("the header announces more voxels than allowed", "a damaged or hostile file", "at most the policy's max_voxels", "leave the file out", "DATA_INVALID"),
     "E_REG": _E("the registration failed or folded", "the scans are too different, or too few landmarks were found", "a smooth alignment with Dice above 0.90", "review the pair", "DATA_INVALID"),
     "E_CRASH": _E("the process that worked on this scan died", "an image library gave up on it, or somebody killed it", "a process that lives", "look at the file with another program; then `fourdvq-client preprocess --retry-failed`", "DATA_INVALID"),
-    "E_SLOW": _E("a scan took longer than allowed", "a huge or damaged scan, or a machine with too much to do", "an end within --scan-minutes", "fourdvq-client preprocess --retry-failed --scan-minutes 600", "TIMEOUT"),
+    "E_SLOW": _E("a scan took longer than allowed", "a huge or damaged scan, or a machine with too much to do", "an end within --scan-minutes, and of reading within limits.decode_seconds of policy.yaml", "fourdvq-client preprocess --retry-failed --scan-minutes 600", "TIMEOUT"),
     "E_MASK": _E("the lung mask does not fit its scan", "size or position differ, or it is empty", "a mask on the scan's own grid", "make the mask again", "DATA_INVALID"),
     # tables
     "E_TABLE": _E("a table cannot be read", "its separator, header or encoding is not understood", "a CSV file with the documented columns", "compare with the example in the site template", "DATA_INVALID"),

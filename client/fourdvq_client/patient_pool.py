@@ -7,6 +7,7 @@ on with the next one. Where memory was the reason, the patient is first tried on
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -56,6 +57,7 @@ class Limits:
     workers: int = 1
     memory: int = 0
     scan_seconds: float = 10_800.0
+    read_seconds: float = math.inf  # of them, for reading and decoding its files
     jobs_a_process: int = 20  # a fresh process now and then: image libraries keep what they once took
 
 
@@ -91,6 +93,7 @@ class _Worker:
     job: PatientJob | None = None
     step: StepInHand | None = None
     since: float = 0.0  # when the scan in hand was begun
+    step_since: float = 0.0
     jobs_taken: int = 0
     killed_for: str = ""  # the code with which the pool stopped it
 
@@ -179,7 +182,7 @@ class _Pool:
         elif isinstance(message, StepInHand):
             if worker.step is None or worker.step.scan.index != message.scan.index:
                 worker.since = time.monotonic()
-            worker.step = message
+            worker.step, worker.step_since = message, time.monotonic()
             if self.watcher is not None and worker.job is not None:
                 self.watcher.step(worker.job.pseudonym, message)
         elif worker.job is not None:
@@ -241,7 +244,9 @@ class _Pool:
         now = time.monotonic()
         busy = [w for w in self.workers if w.job is not None and w.step is not None and not w.killed_for]
         for worker in busy:
-            if now - worker.since > self.limits.scan_seconds:
+            reading = worker.step is not None and worker.step.name == "read"
+            too_long = reading and now - worker.step_since > self.limits.read_seconds
+            if too_long or now - worker.since > self.limits.scan_seconds:
                 self._stop(worker, "E_SLOW")
         if self.limits.memory:
             used = {w.process.pid: resident(w.process.pid or 0) for w in self.workers}

@@ -24,7 +24,6 @@ from fourdvq_client.site_secret import real_ids, site_secret
 from fourdvq_client.workspace import SiteConfig, Workspace, read_profile
 
 if TYPE_CHECKING:
-    from fourdvq.data.limits import ReaderLimits
     from fourdvq_client.patient_worker import PatientJob
 
 __all__ = [
@@ -283,7 +282,9 @@ def _make(
     watcher: _Watcher,
 ) -> tuple[int, list[PatientResult]]:
     """The number of workers that the memory allows, and what they made."""
+    from fourdvq.data.limits import ReaderLimits
     from fourdvq_client.patient_pool import Limits, Means, prepare_all
+    from fourdvq_client.policy import load_policy
     from fourdvq_client.worker_memory import free_memory, worker_need
 
     require_supported(profile)
@@ -291,18 +292,11 @@ def _make(
     asked = min(workers or config.workers, len(jobs))
     count = min(asked, max(1, free // worker_need(profile)))
     in_process = count == 1 and not request.isolated
-    means = Means(profile, workspace.prep, config.device, config.weights, _readers(workspace))
-    limits = Limits(0 if in_process else count, free, request.scan_seconds)
+    bounds = load_policy(workspace.policy_yaml).rules.limits
+    readers = ReaderLimits(bounds.max_voxels, bounds.spacing_mm, bounds.decode_memory_mb)
+    means = Means(profile, workspace.prep, config.device, config.weights, readers)
+    limits = Limits(0 if in_process else count, free, request.scan_seconds, bounds.decode_seconds)
     return count, prepare_all(jobs, means, limits, watcher)
-
-
-def _readers(workspace: Workspace) -> ReaderLimits:
-    """The site's own bounds on what an image header may announce."""
-    from fourdvq.data.limits import ReaderLimits
-    from fourdvq_client.policy import load_policy
-
-    limits = load_policy(workspace.policy_yaml).rules.limits
-    return ReaderLimits(max_voxels=limits.max_voxels, decode_memory_mb=limits.decode_memory_mb)
 
 
 def _summary(results: Sequence[PatientResult], **facts: object) -> PreparationSummary:

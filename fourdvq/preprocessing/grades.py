@@ -5,8 +5,8 @@ Codes: E_ refuses the scan, V_ sends it to review, W_ only tells. The first code
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from fourdvq.preprocessing.profile import LimitsSpec
@@ -52,6 +52,24 @@ def scan_codes(facts: ScanFacts, limits: LimitsSpec, *, method: str) -> list[str
     if facts.noise_hu is not None and facts.noise_hu > MAX_NOISE_HU:
         review.append("V_NOISE")
     return refuse + review + warn
+
+
+_REFUSALS: dict[str, Callable[[Mapping[str, Any], LimitsSpec], str]] = {
+    "E_HU": lambda facts, _: f"air around the patient is {facts['outside_air_hu']:.0f} HU, -1000 expected",
+    "E_NOLUNG": lambda facts, limits: f"{facts['lung_ml']:.0f} ml of lung, at least {limits.min_lung_ml:g} ml expected",
+    "E_FOV": lambda facts, _: f"the lung is cut at: {', '.join(facts['cut_at'])}",
+    "E_ONELUNG": lambda facts, _: f"right {facts['right_ml']:.0f} ml, left {facts['left_ml']:.0f} ml",
+    "E_THICK": lambda facts, limits: f"{facts['thickness_mm']:.3g} mm, at most {limits.max_thickness_mm:g} mm expected",
+}
+
+
+def refusal_words(code: str, facts: Mapping[str, Any], limits: LimitsSpec) -> str:
+    """What was found and what was expected, for a scan that `scan_codes` refuses; empty for any other code.
+
+    `facts`: the fields of `ScanFacts`, as they are stored.
+    """
+    words = _REFUSALS.get(code)
+    return words(facts, limits) if words and facts else ""
 
 
 def pair_grade(found: Registration, limits: LimitsSpec) -> Grade:

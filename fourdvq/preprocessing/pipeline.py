@@ -196,7 +196,13 @@ class _Patient:
                 self.stopped = result.code
             elif result.status != "refused":
                 self.baseline = _Baseline(scan, scan_key)
-        return result
+        return result if result.status != "refused" or result.detail else self._explained(result)
+
+    def _explained(self, result: ScanResult) -> ScanResult:
+        """A scan that the limits refuse, with the numbers that did it: also where it was refused by an earlier run."""
+        from fourdvq.preprocessing.grades import refusal_words
+
+        return replace(result, detail=refusal_words(result.code, result.qc.get("scan") or {}, self.profile.limits))
 
     def _reused(self, scan: ScanInput, key: str) -> ScanResult | None:
         folder = self.folder / str(scan.index)

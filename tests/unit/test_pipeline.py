@@ -196,6 +196,8 @@ def test_limits_refuse_review_or_warn_as_the_profile_says(source, tiny, tmp_path
     assert expected in scan.codes
     assert scan.status == {"E": "refused", "V": "review", "W": "ok"}[expected[0]]
     assert bool(scan.content_sha256) == (scan.status != "refused")
+    again = prepare_patient(inputs(source, "a"), profile, tmp_path, pseudonym=NAME).scans[0]
+    assert (again.reused, again.detail) == (True, "10 mm, at most 2.5 mm expected" if expected == "E_THICK" else "")
 
 
 def test_one_lung_a_cut_field_and_a_wrong_intercept_are_seen(tiny, tmp_path):

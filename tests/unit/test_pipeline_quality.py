@@ -9,7 +9,7 @@ import pytest
 import SimpleITK as sitk
 
 from fourdvq.data.volume import Volume
-from fourdvq.preprocessing.grades import expiratory, grade_of, pair_codes, pair_grade, scan_codes
+from fourdvq.preprocessing.grades import expiratory, grade_of, pair_codes, pair_grade, refusal_words, scan_codes
 from fourdvq.preprocessing.profile import LimitsSpec
 from fourdvq.preprocessing.quality import outside_air, scan_facts
 from fourdvq.preprocessing.registration import Consistency, FieldFacts, Overlap, Registration
@@ -85,6 +85,22 @@ def test_each_fact_out_of_range_has_its_code(facts, change, code):
     method = "threshold" if code == "E_NOLUNG" else "provided"
     assert scan_codes(facts, LimitsSpec(), method="provided") == []
     assert scan_codes(replace(facts, **change), LimitsSpec(), method=method)[0] == code
+
+
+@pytest.mark.parametrize(
+    ("code", "change", "words"),
+    [
+        ("E_NOLUNG", {"lung_ml": 300.4}, "300 ml of lung, at least 1000 ml expected"),
+        ("E_FOV", {"cut_at": ("top", "back")}, "the lung is cut at: top, back"),
+        ("E_ONELUNG", {"right_ml": 2000.0, "left_ml": 0.0}, "right 2000 ml, left 0 ml"),
+        ("E_THICK", {"thickness_mm": 4.0}, "4 mm, at most 2.5 mm expected"),
+        ("E_HU", {"outside_air_hu": -920.0}, "air around the patient is -920 HU, -1000 expected"),
+    ],
+)
+def test_a_refusal_tells_the_number_that_did_it(facts, code, change, words):
+    assert refusal_words(code, vars(replace(facts, **change)), LimitsSpec()) == words
+    assert refusal_words(code, {}, LimitsSpec()) == ""
+    assert refusal_words("V_VOLUME", vars(facts), LimitsSpec()) == ""
 
 
 def test_a_pair_tells_of_a_left_out_affine_step_and_of_a_lung_that_changed_much():

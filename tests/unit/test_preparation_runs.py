@@ -176,7 +176,7 @@ def jobs_of(root: Path) -> tuple[list[PatientJob], Means]:
 
 
 class Killer:
-    """Kills the worker that begins to read the second scan of one patient."""
+    """Sends a signal to the worker that begins to read the second scan of one patient."""
 
     def __init__(self, pseudonym: str, number: signal.Signals) -> None:
         self.pseudonym = pseudonym
@@ -219,6 +219,31 @@ def test_a_scan_that_takes_too_long_becomes_a_failed_row(fresh, tmp_path):
     scans = jobs[0].scans[:1]
     results = prepare_all([replace(jobs[0], scans=scans)], replace(means, prep=tmp_path), Limits(1, scan_seconds=0.0))
     assert [s.code for s in results[0].scans] == ["E_SLOW"]
+
+
+def test_a_file_that_is_never_read_to_its_end_becomes_a_failed_row_and_the_others_go_on(fresh, tmp_path):
+    """The worker is halted as it begins to read, as by storage that no longer answers."""
+    jobs, means = jobs_of(fresh)
+    halting = Killer(jobs[0].pseudonym, signal.SIGSTOP)
+    results = prepare_all(jobs, Means(means.profile, tmp_path), Limits(workers=1, read_seconds=3.0), halting)
+    failed = [(r.pseudonym, s.index, s.code) for r in results for s in r.scans if s.status == "failed"]
+    assert (len(halting.killed), failed) == (1, [(jobs[0].pseudonym, 1, "E_SLOW")])
+
+
+@pytest.mark.parametrize(
+    ("ours", "mine", "code"),
+    [
+        ("max_voxels: 268435456", "max_voxels: 1000", "E_BOMB"),
+        ("spacing_mm: [0.1, 20]", "spacing_mm: [0.1, 1]", "E_GEOMETRY"),
+    ],
+)
+def test_a_sites_own_policy_bounds_what_a_header_may_announce(fresh, tmp_path, ours, mine, code):
+    root = shutil.copytree(fresh, tmp_path / "site")
+    policy = (root / "policy.yaml").read_text()
+    assert ours in policy
+    (root / "policy.yaml").write_text(policy.replace(ours, mine))
+    embedded.preprocess(root)
+    assert {row["code"] for row in manifest(root)} == {code}
 
 
 class Weigher:
