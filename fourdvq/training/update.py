@@ -60,25 +60,31 @@ def to_wire(weights: Weights, dtype: str) -> dict[str, Tensor]:
 def split_for_wire(
     weights: Weights, dtype: str, *, whole: tuple[str, ...] = ("codebook.",)
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Float32 weights as what travels and what is kept back: `sent` in the wire's dtype and `rest` in float32.
+    """Float32 weights as what travels and what is kept back: `sent` rounded to the wire's dtype, and the `rest`.
 
-    sent + rest is the weights again, bit for bit (`join_from_wire`), so a coordinator that sends 16 bits and adds each
-    round's change to both parts loses nothing over the rounds, however small the changes are. Names that begin with one
-    of `whole` travel as they are: 16-bit codes would be other codes. Raises ModelError E_NONFINITE on overflow.
+    Both are float32. sent + rest is the weights again, bit for bit (`join_from_wire`), so a coordinator that sends 16
+    bits and adds each round's change to the joined weights loses nothing over the rounds, however small the changes
+    are. `rest` has only the tensors from which something was kept back. Names that begin with one of `whole` travel as
+    they are: 16-bit codes would be other codes; so does all that is not float32. Raises ModelError E_NONFINITE on
+    overflow.
     """
     sent, rest = {}, {}
     for name, tensor in weights.items():
-        packed = to_wire({name: tensor}, "float32" if name.startswith(whole) else dtype)
-        sent[name] = packed[name]
+        if name.startswith(whole) or tensor.dtype != torch.float32:
+            sent[name] = tensor
+            continue
+        sent[name] = to_wire({name: tensor}, dtype)[name].float()
         # Exact: rounding to fewer bits leaves a difference that float32 holds.
-        rest[name] = tensor.float() - packed[name].float()
+        kept = tensor - sent[name]
+        if bool(kept.any()):
+            rest[name] = kept
     return sent, rest
 
 
 def join_from_wire(sent: Weights, rest: Weights) -> dict[str, Tensor]:
-    """The inverse of `split_for_wire`, float32."""
-    _same_form(rest, sent, any_dtype=True)
-    return {name: tensor.float() + rest[name] for name, tensor in sent.items()}
+    """The inverse of `split_for_wire`."""
+    _same_form(rest, {name: sent[name] for name in rest if name in sent})
+    return {name: tensor + rest[name] if name in rest else tensor for name, tensor in sent.items()}
 
 
 def _same_form(found: Weights, wanted: Weights, *, any_dtype: bool = False) -> None:

@@ -21,6 +21,7 @@ from fourdvq.config import build, canonical_json
 from fourdvq.errors import ConfigError, WireError
 from fourdvq.tensors import payload_sha256
 from fourdvq.wire.forms import TENSOR_NAME, Form
+from fourdvq.wire.narrow import NARROW, narrowed, widened
 
 T = TypeVar("T")
 
@@ -55,19 +56,22 @@ def take_apart(body: Any) -> Parts:
 
 def put_together(cls: type[T], parts: Parts) -> T:
     """The inverse of `take_apart`. Raises WireError E_MESSAGE if a part is missing, undeclared or of another type."""
-    expected_arrays, expected_tensors = set(), set()
+    expected_arrays, expected_tensors, narrow = set(), set(), set()
     for name, hint in leaf_types(cls):
         if _is_array(hint):
             expected_arrays.add(name)
         elif _is_tensors(hint):
             expected_tensors.add(name)
+            if _is_narrow(hint):
+                narrow.add(name)
     _same_names(cls, "arrays", set(parts.arrays), expected_arrays)
     _same_names(cls, "tensors", set(parts.tensors), expected_tensors)
     data: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(hint):
             data[name] = {}  # a nested message may have no fields at all
-    for source in (parts.fields, parts.arrays, parts.tensors):
+    tensors = {name: widened(group) if name in narrow else group for name, group in parts.tensors.items()}
+    for source in (parts.fields, parts.arrays, tensors):
         for name, value in source.items():
             _place(data, name, value)
     try:
@@ -130,7 +134,8 @@ def _take_leaf(parts: Parts, name: str, hint: Any, value: Any) -> None:
             raise WireError("E_MESSAGE", where=name, found=type(value).__name__, wanted="an array of numbers")
         parts.arrays[name] = value
     elif _is_tensors(hint):
-        parts.tensors[name] = _checked_tensors(name, value)
+        tensors = _checked_tensors(name, value)
+        parts.tensors[name] = narrowed(tensors, name) if _is_narrow(hint) else tensors
     else:
         _check_plain(name, hint, value)
         _place(parts.fields, name, _plain(value))
@@ -201,8 +206,14 @@ def _is_array(hint: Any) -> bool:
 
 
 def _is_tensors(hint: Any) -> bool:
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
     args = typing.get_args(hint)
     return len(args) == 2 and args[1] is torch.Tensor
+
+
+def _is_narrow(hint: Any) -> bool:
+    return typing.get_origin(hint) is typing.Annotated and NARROW in typing.get_args(hint)[1:]
 
 
 def _place(data: dict[str, Any], dotted: str, value: Any) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -22,8 +22,10 @@ from fourdvq.survival.messages import MESSAGES as COX_MESSAGES
 from fourdvq.survival.messages import RiskSums
 from fourdvq.wire import PROTOCOL as PROTOCOL
 from fourdvq.wire.forms import Code, Json, Nonce, RowName, RunId, Sha256, SiteName, Version
+from fourdvq.wire.narrow import NARROW
 
 Tensors = Mapping[str, torch.Tensor]
+Model = Annotated[Tensors, NARROW]  # float32 weights, sent in 16 bits where nothing is lost by it
 Role = Literal["train", "external"]
 Cohort = Literal["train", "test"]
 
@@ -137,7 +139,7 @@ class CodebookInitTask(Task):
     seed: int
     n_codes: int
     code_dim: int
-    weights: Tensors  # of the untrained generator: all sites look through the same encoder
+    weights: Model  # of the untrained generator: all sites look through the same encoder
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class VqganTask(Task):
     steps: int
     global_step: int
     discriminator: bool
-    weights: Tensors
+    weights: Model
     codes: np.ndarray  # (K, c) float32
     code_counts: np.ndarray  # (K,) float64
     code_sums: np.ndarray  # (K, c) float64
@@ -191,7 +193,7 @@ class EncodeTask(Task):
 
     kind: ClassVar[str] = "query.encode"
     tokenizer_sha256: Sha256
-    weights: Tensors
+    weights: Model
     codes: np.ndarray
     code_counts: np.ndarray
     code_sums: np.ndarray
@@ -206,7 +208,7 @@ class OdeTask(Task):
     trains: ClassVar[bool] = True
     steps: int
     tokenizer_sha256: Sha256
-    weights: Tensors
+    weights: Model
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,7 @@ class ReconstructionTask(Task):
     kind: ClassVar[str] = "evaluate.reconstruction"
     split: Literal["validation", "test"]
     model_sha256: Sha256
-    weights: Tensors
+    weights: Model
     codes: np.ndarray
     code_counts: np.ndarray
     code_sums: np.ndarray
@@ -249,7 +251,7 @@ class TrajectoryTask(Task):
     mode: Literal["extrapolation", "interpolation"]
     model_sha256: Sha256
     tokenizer_sha256: Sha256
-    weights: Tensors  # of the latent ODE
+    weights: Model  # of the latent ODE
 
 
 @dataclass(frozen=True)
@@ -279,7 +281,7 @@ class ConformalTask(Task):
     split: Literal["validation", "test"]
     model_sha256: Sha256
     tokenizer_sha256: Sha256
-    weights: Tensors  # of the latent ODE
+    weights: Model  # of the latent ODE
 
 
 @dataclass(frozen=True)
@@ -358,7 +360,7 @@ class CoxFutureTask(Task):
 
     kind: ClassVar[str] = "query.cox_future"
     tokenizer_sha256: Sha256
-    weights: Tensors  # of the latent ODE
+    weights: Model  # of the latent ODE
 
 
 @dataclass(frozen=True)
@@ -414,7 +416,7 @@ class ReleaseTask(Task):
 
     kind: ClassVar[str] = "query.release"
     card_json: Json
-    weights: Tensors
+    weights: Model
 
 
 # Message type to what it asks and what may answer it (a Refusal always may). The order is that of an experiment.

@@ -5,7 +5,8 @@
 Hospitals of phantom patients that are not alike: scanners differ in noise, kernel and HU offset, and the first two
 hospitals have patients with little and with much fibrosis. Three models from one initialisation, with the same number
 of optimiser steps and rounds and the same codebook rule:
-    federated   every site trains alone during a round; means of the changes, merged codebook sums, bfloat16 both ways
+    federated   every site trains alone during a round; means of the changes with server momentum, merged codebook
+                sums, bfloat16 both ways
     pooled      one trainer on all scans, with as many scans a step as there are sites
     local       one site alone, with its own first codebook
 Each finished model is one cell in FOLDER/cells.json: a run that was stopped goes on where it was. The whole takes
@@ -21,7 +22,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,7 @@ class Server:
     weights: dict[str, Tensor]
     codebook: CodebookState
     dead_for: Tensor
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
 
 
 def main() -> None:
@@ -158,7 +160,9 @@ def plan_of(seed: int, schedule: Schedule, *, scans_a_step: int) -> Plan:
         model=ModelSpec(size=SIZE, base_width=8, n_codes=64, code_dim=8, decoder="half"),
         gan=GanSpec(loss="none"),
         vqgan=VqganTraining(accumulate=scans_a_step, lr=1e-3, precision="fp32"),
-        federation=FederationSpec(rounds=schedule.rounds, local_steps=schedule.steps),
+        federation=FederationSpec(
+            rounds=schedule.rounds, local_steps=schedule.steps, server_optimizer="momentum", server_lr=0.7
+        ),
     )
 
 
@@ -184,7 +188,8 @@ def federated(sites: Sequence[Site], schedule: Schedule, seed: int) -> VQGAN3d:
             stats.append(done.stats)
         shares = site_shares(registered, registered, cap_two=spec.weight_cap_two, cap_many=spec.weight_cap_many)
         mean = weighted_mean([(shares[s.name], update) for s, update in zip(sites, updates, strict=True)])
-        server.weights, _ = SERVER_OPTIMIZERS["none"](lr=1.0).apply(server.weights, mean, {})
+        step = SERVER_OPTIMIZERS[spec.server_optimizer](lr=spec.server_lr)
+        server.weights, server.optimizer = step.apply(server.weights, mean, server.optimizer)
         _merge(plan, number, server, stats)
     return _model(plan, {n: t.float() for n, t in to_wire(server.weights, "bfloat16").items()}, server.codebook)
 

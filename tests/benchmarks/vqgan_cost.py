@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Run as a script, Python sees this folder only; the helpers of the tests are one level up.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import numpy as np
 import torch
 from _common import clock, emit, figure, quartiles  # type: ignore[import-not-found]
 from _phantom_scans import MemoryScans  # type: ignore[import-not-found]
@@ -36,7 +37,10 @@ from fourdvq.plan import GanSpec, ModelSpec, Plan, VqganTraining
 from fourdvq.training.adversary import Adversary
 from fourdvq.training.hardware import Hardware
 from fourdvq.training.memory import set_recompute
-from fourdvq.training.vqgan import VqganTrainer
+from fourdvq.training.update import split_for_wire, to_wire
+from fourdvq.training.vqgan import VqganTrainer, initial_weights
+from fourdvq.wire.body import body_bytes
+from fourdvq.wire.messages import VqganTask, VqganUpdate
 from peak_memory import peak_bytes
 
 SIZE = (96, 256, 256)
@@ -67,6 +71,7 @@ def figures(quick: bool) -> list[dict[str, Any]]:
         rows.append(row)
     for decoder in decoders:
         rows += [_memory(decoder, recompute=False, target=20.0), _memory(decoder, recompute=True, target=10.0)]
+    rows += [_traffic(decoder) for decoder in decoders]
     rows += [_roofline(card, decoder, flop[decoder]) for card in ("A100", "H100") for decoder in decoders]
     if quick:
         return rows + _without_gpu()
@@ -77,6 +82,28 @@ def _networks(decoder: Decoder) -> tuple[VQGAN3d, Adversary, Tensor]:
     """Generator, discriminators and a scan without storage."""
     with torch.device("meta"):
         return VQGAN3d(ModelSpec(decoder=decoder)), Adversary(GanSpec(), seed=0), torch.empty(1, 1, *SIZE)
+
+
+def _traffic(decoder: Decoder) -> dict[str, Any]:
+    """Bytes of a round's task and answer as Flower carries them, codebook and sums included."""
+    plan = Plan(name="cost", profile_sha256="0" * 64, model=ModelSpec(decoder=decoder))
+    weights, _ = split_for_wire(initial_weights(plan), plan.federation.wire_dtype)
+    k, c = plan.model.n_codes, plan.model.code_dim
+    counts, sums = np.zeros(k), np.zeros((k, c))
+    task = VqganTask(100, 0, False, weights, np.zeros((k, c), np.float32), counts, sums)
+    update = VqganUpdate(to_wire(weights, plan.federation.wire_dtype), counts, sums, 100, {"l1": 0.0})
+    down, up = (body_bytes(body) for body in (task, update))
+    allowed = 12e6 + 20e3 + 8 * k * (c + 1)  # a generator, the codes, and their float64 sums
+    result: dict[str, Any] = figure(
+        f"bytes a round and site, decoder {decoder}, bfloat16, the larger of both ways",
+        round(max(down, up) / 1e6, 2),
+        "MB",
+        target="<= 12 MB of generator + 20 kB of codes + their float64 sums",
+        holds=max(down, up) <= allowed,
+        n=1,
+        note=f"down {down / 1e6:.3f} MB, up {up / 1e6:.3f} MB",
+    )
+    return result
 
 
 def _arithmetic(decoder: Decoder) -> tuple[float, dict[str, Any]]:

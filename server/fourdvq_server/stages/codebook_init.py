@@ -11,6 +11,7 @@ import torch
 
 from fourdvq.federation.codebook import CodebookStats, initial_codebook
 from fourdvq.models.vqgan import codebook_state
+from fourdvq.training.update import split_for_wire
 from fourdvq.training.vqgan import initial_model, initial_weights
 from fourdvq.wire.messages import CodebookInitTask, CodebookSums
 from fourdvq_server.stages.context import StageContext
@@ -22,7 +23,7 @@ NAME = "codebook_init"
 def run(context: StageContext) -> dict[str, Any]:
     """Write round 1: the untrained weights with the first codebook. Raises TemporaryStop E_QUORUM."""
     plan, stage = context.plan, context.store.stage(NAME)
-    weights = initial_weights(plan)
+    weights, carry = split_for_wire(initial_weights(plan), plan.federation.wire_dtype)
     facts: dict[str, Any] = {"centroids": {}, "failed": {}}
     if plan.model.quantiser == "fsq":
         codebook = codebook_state(initial_model(plan))  # a fixed grid: there is nothing to ask
@@ -36,7 +37,7 @@ def run(context: StageContext) -> dict[str, Any]:
         codebook = initial_codebook(stats, n_codes=plan.model.n_codes, seed=plan.seed)
         facts["centroids"] = {site: int((body.counts > 0).sum()) for site, body in sums.items()}
         facts["failed"] = replies.failed
-    model = with_codebook(weights, codebook)
+    model = with_codebook(weights, carry, codebook)
     facts["model_sha256"] = model.sha256
     stage.write_round(1, model.tensors(), facts)
     stage.forget_replies()

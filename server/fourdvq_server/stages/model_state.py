@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,16 +17,22 @@ from fourdvq.training.vqgan import DISCRIMINATOR_PREFIX, initial_model
 from fourdvq_server.store import Round
 
 _OPTIMIZER = "optimizer."
+_CARRY = "carry."
 
 
 @dataclass(frozen=True)
 class GlobalModel:
-    """Stage 1 after a round. `dead_for` (K,) int64: rounds each code has been dead; `optimizer` is the server's own."""
+    """Stage 1 after a round. `dead_for` (K,) int64: rounds each code has been dead; `optimizer` is the server's own.
+
+    `weights` are what all sites have, rounded to the wire's dtype; `carry` is what rounding them left, which the next
+    round's change is added to as well, so that small changes add up.
+    """
 
     weights: dict[str, Tensor]
     codebook: CodebookState
     dead_for: Tensor
     optimizer: dict[str, Tensor]
+    carry: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def generator(self) -> dict[str, Tensor]:
@@ -43,6 +49,7 @@ class GlobalModel:
         state = {f"codebook.{n}": getattr(self.codebook, n) for n in ("codes", "counts", "sums")}
         state["dead_for"] = self.dead_for
         state |= {_OPTIMIZER + name: tensor for name, tensor in self.optimizer.items()}
+        state |= {_CARRY + name: tensor for name, tensor in self.carry.items()}
         return {"weights": self.weights, "server_state": state}
 
     def codebook_fields(self) -> dict[str, Any]:
@@ -68,18 +75,23 @@ def from_round(record: Round) -> GlobalModel:
         weights=dict(record.tensors["weights"]),
         codebook=CodebookState(*(state[f"codebook.{n}"] for n in ("codes", "counts", "sums"))),
         dead_for=state["dead_for"],
-        optimizer={n.removeprefix(_OPTIMIZER): t for n, t in state.items() if n.startswith(_OPTIMIZER)},
+        optimizer=_below(_OPTIMIZER, state),
+        carry=_below(_CARRY, state),
     )
 
 
-def with_codebook(weights: Mapping[str, Tensor], codebook: CodebookState) -> GlobalModel:
+def with_codebook(weights: Mapping[str, Tensor], carry: Mapping[str, Tensor], codebook: CodebookState) -> GlobalModel:
     """A model before its first round; codes learnt by gradient also stand among the weights."""
     own = dict(weights)
     if "codebook.codes" in own:
         own["codebook.codes"] = codebook.codes.clone()
-    return GlobalModel(own, codebook, torch.zeros(len(codebook.codes), dtype=torch.int64), {})
+    return GlobalModel(own, codebook, torch.zeros(len(codebook.codes), dtype=torch.int64), {}, dict(carry))
 
 
 def model_sha256(generator: Weights, codes: Tensor) -> str:
     """Payload sha256 of generator weights and codes together."""
     return payload_sha256({**generator, "codebook.codes": codes})
+
+
+def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

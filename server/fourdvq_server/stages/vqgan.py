@@ -16,7 +16,7 @@ from fourdvq.federation.aggregate import AGGREGATORS, SERVER_OPTIMIZERS, site_sh
 from fourdvq.federation.codebook import CodebookStats, next_codebook, revive_dead
 from fourdvq.plan import Plan
 from fourdvq.tensors import Weights
-from fourdvq.training.update import relative_norm
+from fourdvq.training.update import join_from_wire, relative_norm, split_for_wire
 from fourdvq.wire.messages import ReconstructionTask, VqganTask, VqganUpdate
 from fourdvq_server.admission import late_joiners
 from fourdvq_server.rounds import Replies
@@ -138,7 +138,9 @@ def _aggregate(
     plan: Plan, number: int, model: GlobalModel, updates: Mapping[str, VqganUpdate], shares: Mapping[str, float]
 ) -> tuple[GlobalModel, Weights]:
     parts = {site: (shares[site], update.delta) for site, update in updates.items()}
-    weights, optimizer, mean = shared_update(plan, model.weights, model.optimizer, parts)
+    before = join_from_wire(model.weights, model.carry)
+    following, optimizer, mean = shared_update(plan, before, model.optimizer, parts)
+    weights, carry = split_for_wire(following, plan.federation.wire_dtype)
     stats = [
         CodebookStats(torch.from_numpy(updates[s].code_counts), torch.from_numpy(updates[s].code_sums))
         for s in sorted(updates)
@@ -156,7 +158,7 @@ def _aggregate(
         codebook, dead_for = revive_dead(
             codebook, dead_for, share=spec.dead_code_share, rounds=spec.dead_code_rounds, seed=plan.seed + number
         )
-    return GlobalModel(weights, codebook, dead_for, optimizer), mean
+    return GlobalModel(weights, codebook, dead_for, optimizer, carry), mean
 
 
 def _mean_losses(updates: Mapping[str, VqganUpdate], shares: Mapping[str, float]) -> dict[str, float]:
