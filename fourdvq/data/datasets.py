@@ -39,6 +39,14 @@ class PreparedScan:
 
 
 @dataclass(frozen=True)
+class Acquisition:
+    """How a scan was taken: the scanner's maker, one of the known names or empty, and the slice thickness."""
+
+    maker: str
+    thickness_mm: float
+
+
+@dataclass(frozen=True)
 class PreparedPatient:
     """A patient's approved scans in time order, all on the grid of the first one."""
 
@@ -104,6 +112,15 @@ def read_window(prep: Path) -> tuple[float, float]:
     plain = json.loads((prep / "manifest.json").read_text(encoding="utf-8"))
     low, high = plain["profile"]["window_hu"]
     return float(low), float(high)
+
+
+def load_acquisition(scan: PreparedScan) -> Acquisition | None:
+    """How a scan was taken, from the numbers that preparation kept beside it; None where it kept none."""
+    try:
+        facts = json.loads((scan.folder / "qc.json").read_bytes())["scan"]
+        return Acquisition(str(facts["technical"]["manufacturer"]), float(facts["thickness_mm"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def load_hu(scan: PreparedScan) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Sums over patients that a site may send, and what a reader makes of them: means, intervals, verdicts, tables.
 
 A row is (row, metric): `row` says who predicted (model, persistence, ...), `metric` what was measured, as
-`mode/name/region` or `mode/name/region/horizon`, for example `extrapolation/skill/lung/1-2`. The unit of n is the
-patient (the scan, in mode `reconstruction`): two scans of one patient are not two independent results.
+`mode/name/region` or `mode/name/region/stratum`, for example `extrapolation/skill/lung/1-2` (years ahead), `/fast`,
+`/scanner-siemens`, `/slices-thin`. The unit of n is the patient (the scan, in mode `reconstruction`): two scans of one
+patient are not two independent results.
 
 Intervals over sites come from n, sum and sum of squares (Student's t); a bootstrap needs the single values and is
 possible where all patients lie at one site.

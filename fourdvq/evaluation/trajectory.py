@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fourdvq.data.datasets import PreparedPatient, load_lung, load_x01
+from fourdvq.data.datasets import Acquisition, PreparedPatient, load_acquisition, load_lung, load_x01
 from fourdvq.errors import ConfigError
 from fourdvq.evaluation.changes import change_metrics, correlation
 from fourdvq.evaluation.levels import level_metrics
@@ -30,14 +30,21 @@ from fourdvq.training.seeds import generator
 MODES = ("extrapolation", "interpolation")
 
 
+THIN_MM = 1.5  # slices up to this are thin
+
+
 @dataclass(frozen=True)
 class LongitudinalPatient:
-    """A held-out patient: years (T,) since scan 1, `scan(i)` (1, D, H, W) x01, lung (D, H, W) bool of scan 1."""
+    """A held-out patient: years (T,) since scan 1, `scan(i)` (1, D, H, W) x01, lung (D, H, W) bool of scan 1.
+
+    `acquired` tells how each scan was taken; empty where nothing is known of it.
+    """
 
     pseudonym: str
     years: tuple[float, ...]
     scan: Callable[[int], Tensor]
     lung: Tensor
+    acquired: tuple[Acquisition, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,11 +59,13 @@ class PatientScore:
 def longitudinal(patient: PreparedPatient, window_hu: tuple[float, float]) -> LongitudinalPatient:
     """A prepared patient as the evaluation reads it."""
     scans = patient.scans
+    known = [load_acquisition(scan) for scan in scans]
     return LongitudinalPatient(
         pseudonym=patient.pseudonym,
         years=tuple(scan.years for scan in scans),
         scan=lambda i: load_x01(scans[i], window_hu),
         lung=load_lung(scans[0]),
+        acquired=() if None in known else tuple(a for a in known if a),
     )
 
 
@@ -131,7 +140,25 @@ def case_of(patient: LongitudinalPatient, plan: Plan, mode: str) -> Case | None:
         years=tuple(patient.years[i] for i in targets),
         targets=tuple(patient.scan(i)[0] for i in targets),
         lung=patient.lung.bool(),
+        strata=tuple(acquisition_strata(patient, given, i) for i in targets),
     )
+
+
+def acquisition_strata(patient: LongitudinalPatient, given: Sequence[int], target: int) -> tuple[str, ...]:
+    """Of what kind the pair of a target and the scan that a copy of it would be is: its scanner, and its slices.
+
+    `scanner-<maker>` where both are of one maker, else `scanner-changed`; `slices-thin` where both are at most
+    `THIN_MM`, else `slices-thick`. Nothing where nothing is known.
+    """
+    if not patient.acquired:
+        return ()
+    base = given[base_index(patient.years[target], [patient.years[i] for i in given])]
+    pair = [patient.acquired[i] for i in (base, target)]
+    slices = "slices-thin" if max(a.thickness_mm for a in pair) <= THIN_MM else "slices-thick"
+    makers = {a.maker for a in pair}
+    if "" in makers:
+        return (slices,)
+    return ("scanner-" + (makers.pop().replace(" ", "-") if len(makers) == 1 else "changed"), slices)
 
 
 @torch.inference_mode()
@@ -209,7 +236,8 @@ def _scores_of(
 ) -> list[PatientScore]:
     """Means over the patient's targets, with gains over copying beside them.
 
-    In the lung also for each horizon bin, and apart for lungs whose true density rises fast and slowly.
+    In the lung also for each horizon bin, apart for lungs whose true density rises fast and slowly, and by scanner and
+    slice thickness.
     """
     bins: dict[str, list[int]] = {"": list(range(len(case.targets)))}
     for i, year in enumerate(case.years):
@@ -217,6 +245,8 @@ def _scores_of(
         ahead = year - case.years_given[base]
         bins.setdefault("/" + horizon_label(ahead, plan.evaluation.horizon_bins_years), []).append(i)
         rise = _mean_hu(case.targets[i], case, plan) - _mean_hu(case.scans[base, 0], case, plan)
+        for stratum in case.strata[i] if case.strata else ():
+            bins.setdefault("/" + stratum, []).append(i)
         bins.setdefault("/fast" if rise > plan.evaluation.fast_hu_per_year * ahead else "/slow", []).append(i)
     scores = []
     for suffix, members in bins.items():

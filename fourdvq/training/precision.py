@@ -53,7 +53,9 @@ def check_bf16(device: str, operations: Mapping[str, Operation] = OPERATIONS) ->
     versions = f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
     if not _has_instructions(device):
         return SelfCheck(False, "arithmetic has no instructions here and", float("inf"), versions)
-    errors = {name: _error(operation, _FILTERS.get(name, 3), device) for name, operation in operations.items()}
+    # Gradients are compared too, also where the caller wants none.
+    with torch.inference_mode(False), torch.enable_grad():
+        errors = {name: _error(operation, _FILTERS.get(name, 3), device) for name, operation in operations.items()}
     worst = max(errors, key=lambda name: errors[name])
     return SelfCheck(errors[worst] < TOLERANCE, worst, errors[worst], versions)
 

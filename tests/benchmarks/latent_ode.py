@@ -171,7 +171,6 @@ def step_times(quick: bool) -> list[dict[str, Any]]:
     ours = _step(spec, grid, code_dim, [0.0, 0.9, 2.1])
     theirs_spec = replace(spec, solver="dopri5", projector="paper", anchor="paper", grid="halfyear")
     theirs = _step(theirs_spec, grid, code_dim, HALF_YEARS, scans=[0.0, 1.0, 2.0])
-    repeats = 7
     # The released code's own f: five narrow convolutions.
     narrow = _step(
         replace(theirs_spec, dynamics_width=8, dynamics_layers=5), grid, code_dim, HALF_YEARS, scans=[0.0, 1.0, 2.0]

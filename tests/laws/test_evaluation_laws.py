@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from fourdvq.data.datasets import Acquisition
 from fourdvq.data.latents import LatentPatient
 from fourdvq.evaluation.rows import population_rate
 from fourdvq.evaluation.summary import RowSums, combine, verdict
@@ -199,6 +201,25 @@ def test_the_density_error_of_a_blend_is_its_part_of_the_true_change(rows):
     assert copied > 0
     assert rows["blend 0.5"][f"{MODE}/density_error_hu/lung"] == pytest.approx(copied / 2, rel=1e-3)
     assert rows["blend 1"][f"{MODE}/density_error_hu/lung"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("acquired", "strata"),
+    [
+        ([("ge", 1.0), ("ge", 1.5), ("ge", 1.25)], {"scanner-ge", "slices-thin"}),
+        ([("ge", 1.0), ("united imaging", 1.0), ("united imaging", 2.0)], {"scanner-united-imaging", "slices-thick"}),
+        ([("ge", 1.0), ("ge", 1.0), ("siemens", 1.0)], {"scanner-changed", "slices-thin"}),
+        ([("ge", 1.0), ("ge", 1.0), ("", 1.0)], {"slices-thin"}),
+        ([], set()),
+    ],
+)
+def test_a_pair_counts_by_the_scanner_and_slices_of_the_target_and_of_the_scan_it_is_compared_with(acquired, strata):
+    one = replace(patient(years=(0.0, 0.6, 1.4)), acquired=tuple(Acquisition(*a) for a in acquired))
+    found = values(score_patient(small_world(fresh=True), one, PLAN))["model"]
+    kinds = {metric.rpartition("/")[2] for metric in found}
+    assert {kind for kind in kinds if kind.startswith(("scanner-", "slices-"))} == strata
+    for stratum in strata:
+        assert found[f"{MODE}/mse/lung/{stratum}"] == found[f"{MODE}/mse/lung"]
 
 
 @pytest.mark.parametrize(("rise", "stratum"), [(0.05, "fast"), (0.001, "slow")])

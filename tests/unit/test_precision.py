@@ -44,6 +44,13 @@ def test_this_machine_agrees_with_itself_in_float32():
         assert found.error < 0.01
 
 
+@pytest.mark.parametrize("quiet", [torch.inference_mode, torch.no_grad])
+def test_the_check_finds_the_same_where_its_caller_wants_no_gradients(quiet):
+    expected = check_bf16("cpu")
+    with quiet():
+        assert check_bf16("cpu") == expected
+
+
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 instructions")
 @pytest.mark.parametrize("wrong", [edge_wrong, WrongGradient.apply], ids=["a face", "the gradient"])
 def test_a_wrong_convolution_is_found_by_name(wrong):
