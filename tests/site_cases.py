@@ -241,14 +241,9 @@ def hospital(folder: Path, patients: tuple[str, ...] = PATIENTS, scans: int = 3)
 
 
 def new_site(root: Path, data: Path, **options: object) -> Path:
+    tables: dict = {"scans": data, "clinical": data / "clinical.csv", "scans_csv": data / "scans.csv"}
     settings: dict = {"site": "leuven", "role": "train", "profile": tiny_profile()}
-    embedded.create_site(
-        root,
-        scans=data,
-        clinical=data / "clinical.csv",
-        scans_csv=data / "scans.csv",
-        **{**settings, **options},
-    )
+    embedded.create_site(root, **{**tables, **settings, **options})
     return root
 
 

@@ -1,13 +1,15 @@
 """What a site says about its intake, and what intake tells the site: series.yaml in, candidates.csv out.
 
 candidates.csv shows every series that could have been used, under opaque keys; `private/series.csv` says in which
-folder each key is found. A line `study-...: series-...` in series.yaml overrules the choice.
+folder each key is found. A line `study-...: series-...` in series.yaml overrules the choice. `private/headers` keeps
+what DICOM headers said, for the next time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from fourdvq.data.choice import ChoiceRules
 from fourdvq.data.cohort import Cohort, Finding, pseudonyms
 from fourdvq.data.dicom_studies import OVERRIDES, DicomOptions
 from fourdvq.data.files import csv_bytes
+from fourdvq.data.known_headers import KnownHeaders
 from fourdvq.data.limits import shown
 from fourdvq.errors import ConfigError
 from fourdvq.preprocessing.profile import Profile
@@ -45,13 +48,42 @@ def candidates_file(workspace: Workspace) -> Path:
     return workspace.root / "candidates.csv"
 
 
-def dicom_options(workspace: Workspace, progress: Callable[[int, int], None] | None = None) -> DicomOptions:
+@contextlib.contextmanager
+def remembered_headers(workspace: Workspace) -> Iterator[KnownHeaders]:
+    """The headers read by earlier runs; what this one reads is kept for the next, also if it is broken off.
+
+    It only saves time: a memory that cannot be read or written costs reading the headers again, and nothing else.
+    """
+    try:
+        stored = workspace.headers.read_bytes()
+    except OSError:
+        stored = b""
+    known = KnownHeaders(stored)
+    finished = False
+    try:
+        yield known
+        finished = True
+    finally:
+        # A run that was broken off has not seen all files, so that it forgets none. Of runs side by side, each of which
+        # sees all files, the last one to end leaves its memory.
+        if workspace.private.is_dir() and known.changed(all_met=finished):
+            with contextlib.suppress(OSError):
+                write_private(workspace.headers, known.as_text(all_met=finished))
+
+
+def dicom_options(
+    workspace: Workspace,
+    progress: Callable[[int, int], None] | None = None,
+    known: KnownHeaders | None = None,
+) -> DicomOptions:
     """How this site chooses series: the profile's limits, and series.yaml if there is one.
 
     Raises ConfigError E_TYPE or E_VALUE for a series.yaml that is not made of keys.
     """
     rules = _rules(read_profile(workspace)) if workspace.profile_json.is_file() else ChoiceRules()
-    return DicomOptions(rules=rules, overrides=read_overrides(workspace.root / OVERRIDES), progress=progress)
+    return DicomOptions(
+        rules=rules, overrides=read_overrides(workspace.root / OVERRIDES), progress=progress, known=known
+    )
 
 
 def read_overrides(path: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ from fourdvq.preprocessing.manifest import DamagedScan, verify, write_manifest
 from fourdvq.preprocessing.pipeline import PatientResult, StepInHand, forget_step, scan_inputs, settled_patient
 from fourdvq.preprocessing.profile import Profile, require_supported
 from fourdvq_client.cohort_tables import finish_tables, set_apart_others, write_names
-from fourdvq_client.intake import dicom_options, write_intake
+from fourdvq_client.intake import dicom_options, remembered_headers, write_intake
 from fourdvq_client.shards import WHOLE, Shard, tables_locked
 from fourdvq_client.site_secret import real_ids, site_secret
 from fourdvq_client.workspace import SiteConfig, Workspace, read_profile
@@ -96,18 +96,20 @@ class Verification:
 def read_cohort(workspace: Workspace, config: SiteConfig, progress: Callable[[int, int], None] | None = None) -> Cohort:
     """The hospital's tables and scans as they are now; findings.csv and candidates.csv (mode 0600) say what was found.
 
+    The header of a DICOM file that has not changed since the last time is not read again.
     `progress` is told how many files of a DICOM folder were looked at, and of how many. Raises CohortError for tables
     that cannot be read, ConfigError for a series.yaml that names nothing.
     """
-    cohort = load_cohort(
-        config.clinical,
-        config.scans_csv,
-        config.scans,
-        columns=config.columns,
-        values=config.values,
-        today=datetime.now(UTC).date(),
-        dicom=dicom_options(workspace, progress),
-    )
+    with remembered_headers(workspace) as known:
+        cohort = load_cohort(
+            config.clinical,
+            config.scans_csv,
+            config.scans,
+            columns=config.columns,
+            values=config.values,
+            today=datetime.now(UTC).date(),
+            dicom=dicom_options(workspace, progress, known),
+        )
     write_intake(workspace, cohort)
     return cohort
 

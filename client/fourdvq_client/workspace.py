@@ -70,6 +70,11 @@ class Workspace:
         return self.private / "patients.csv"
 
     @property
+    def headers(self) -> Path:
+        """What the headers of the hospital's DICOM files said when they were last read."""
+        return self.private / "headers"
+
+    @property
     def prep(self) -> Path:
         return self.root / "prep"
 

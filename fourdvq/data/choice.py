@@ -140,7 +140,7 @@ def _look(candidate: SeriesCandidate, rules: ChoiceRules) -> _Look:
     covered = candidate.coverage_mm
     thick = thickness is None or thickness > rules.max_thickness_mm * (1 + 1e-6)
     filters = {
-        "E_GEOMETRY: no position, orientation or pixel spacing": not all(s.has_geometry for s in candidate.slices),
+        "E_GEOMETRY: no position, orientation or pixel spacing": not candidate.has_geometry,
         f"E_FOV: {len(candidate.slices)} slices": len(candidate.slices) < 3,
         f"E_FOV: {covered:.0f} mm of {rules.min_coverage_mm:g} mm": covered < rules.min_coverage_mm,
         f"E_THICK: {_mm(thickness)}, above {rules.max_thickness_mm:g} mm": thick,

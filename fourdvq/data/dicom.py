@@ -10,13 +10,15 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fourdvq.data.dicom_file import CT_CLASSES, SECONDARY_CAPTURE, SliceHeader, read_headers
+from fourdvq.data.known_headers import KnownHeaders
 from fourdvq.data.limits import ARCHIVE_SUFFIXES
 from fourdvq.data.walk import walk_files
 from fourdvq.errors import VolumeError
@@ -27,6 +29,7 @@ ORIENTATION_TOLERANCE = 1e-4
 FRAGMENT_SLICES = 2  # so few slices that they may be the damaged ones of another series
 _LATTICE_TOLERANCE = 0.02  # of the spacing
 _SIDEWAYS_MM = 0.5
+_Read = Callable[[], tuple[SliceHeader, ...]]
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,18 @@ class SeriesCandidate:
     @cached_property
     def files(self) -> tuple[Path, ...]:
         """The files of the slices and strays, sorted."""
-        return tuple(sorted({s.path for s in (*self.slices, *self.strays)}))
+        by_parts = {s.path.parts: s.path for s in (*self.slices, *self.strays)}  # hashed and compared faster than paths
+        return tuple(by_parts[parts] for parts in sorted(by_parts))
+
+    @cached_property
+    def folders(self) -> frozenset[Path]:
+        """The folders of the slices."""
+        return frozenset(Path(*parts) for parts in {s.path.parts[:-1] for s in self.slices})
+
+    @cached_property
+    def has_geometry(self) -> bool:
+        """Whether every slice says where it lies."""
+        return all(s.has_geometry for s in self.slices)
 
     @cached_property
     def coverage_mm(self) -> float:
@@ -86,35 +100,29 @@ def find_series(folder: Path) -> list[SeriesCandidate]:
     return list(scan_folder(folder).candidates)
 
 
-def scan_folder(folder: Path, progress: Callable[[int, int], None] | None = None) -> FolderScan:
+def scan_folder(
+    folder: Path, progress: Callable[[int, int], None] | None = None, known: KnownHeaders | None = None
+) -> FolderScan:
     """Read the headers of all files below `folder` and group the CT slices into series.
 
     Counted as skipped: E_NOTCT (another modality), E_DERIVED (localizer, secondary capture, reformat), E_CORRUPT (a
     damaged file), E_ARCHIVE, "other" (not DICOM), and what `walk_files` counts. `progress` is told files done and all.
-    Raises VolumeError E_FOLDER if the folder is missing.
+    A file that `known` remembers is not opened. Raises VolumeError E_FOLDER if the folder is missing.
     """
     if not folder.is_dir():
         raise VolumeError("E_FOLDER", where=str(folder))
     walk = walk_files(folder)
-    found = scan_files(walk.files, progress)
+    if known is None:
+        found = scan_files(walk.files, progress)
+    else:
+        reads = map(partial, repeat(known.headers), walk.files, walk.states)
+        found = _scan(walk.files, reads, progress)
     return replace(found, skipped=found.skipped + walk.skipped)
 
 
 def scan_files(files: Sequence[Path], progress: Callable[[int, int], None] | None = None) -> FolderScan:
     """`scan_folder` for files that are named one by one."""
-    kept: list[SliceHeader] = []
-    aside: list[SliceHeader] = []
-    skipped: Counter[str] = Counter()
-    unreadable = []
-    for done, path in enumerate(files, start=1):
-        reason = _sort_out(path, kept, aside)
-        if reason:
-            skipped[reason] += 1
-        if reason in ("E_CORRUPT", "E_BOMB"):
-            unreadable.append(path)
-        if progress is not None:
-            progress(done, len(files))
-    return FolderScan(tuple(_with_strays(group_slices(kept), aside)), skipped, tuple(unreadable))
+    return _scan(files, (partial(read_headers, path) for path in files), progress)
 
 
 def group_slices(slices: Iterable[SliceHeader]) -> list[SeriesCandidate]:
@@ -141,6 +149,25 @@ def direction_of(s: SliceHeader) -> np.ndarray:
     normal = np.cross(orientation[:3], orientation[3:])
     length = float(np.linalg.norm(normal))
     return np.asarray(normal / length if length > 0.5 else np.zeros(3))
+
+
+def _scan(
+    files: Sequence[Path], reads: Iterable[_Read], progress: Callable[[int, int], None] | None = None
+) -> FolderScan:
+    """The series of files of which each has its own way of being read."""
+    kept: list[SliceHeader] = []
+    aside: list[SliceHeader] = []
+    skipped: Counter[str] = Counter()
+    unreadable = []
+    for done, (path, read) in enumerate(zip(files, reads, strict=True), start=1):
+        reason = _sort_out(path, read, kept, aside)
+        if reason:
+            skipped[reason] += 1
+        if reason in ("E_CORRUPT", "E_BOMB"):
+            unreadable.append(path)
+        if progress is not None:
+            progress(done, len(files))
+    return FolderScan(tuple(_with_strays(group_slices(kept), aside)), skipped, tuple(unreadable))
 
 
 def _split(members: list[SliceHeader]) -> list[list[SliceHeader]]:
@@ -170,7 +197,7 @@ def _part_key(s: SliceHeader) -> tuple[Any, ...]:
 
 def _same_direction(a: SliceHeader, b: SliceHeader) -> bool:
     pairs = zip(a.orientation or (), b.orientation or (), strict=True)
-    return all(abs(x - y) <= ORIENTATION_TOLERANCE for x, y in pairs)
+    return a.orientation == b.orientation or all(abs(x - y) <= ORIENTATION_TOLERANCE for x, y in pairs)
 
 
 def _with_strays(candidates: list[SeriesCandidate], aside: list[SliceHeader]) -> list[SeriesCandidate]:
@@ -185,7 +212,7 @@ def _with_strays(candidates: list[SeriesCandidate], aside: list[SliceHeader]) ->
 
 
 def _strays_of(candidate: SeriesCandidate, loose: dict[Path, list[SliceHeader]]) -> tuple[SliceHeader, ...]:
-    near = [s for folder in {s.path.parent for s in candidate.slices} for s in loose.get(folder, [])]
+    near = [s for folder in candidate.folders for s in loose.get(folder, [])]
     places = _places(candidate) if near else None
     if places is None:
         return ()
@@ -212,32 +239,35 @@ def _strays_of(candidate: SeriesCandidate, loose: dict[Path, list[SliceHeader]])
 
 def _places(candidate: SeriesCandidate) -> np.ndarray | None:
     """Positions along the normal in rising order, or None without geometry."""
-    if not all(s.has_geometry for s in candidate.slices):
+    if not candidate.has_geometry:
         return None
     normal = direction_of(candidate.first)
     return np.sort(np.array([s.position for s in candidate.slices]) @ normal)
 
 
-def _sort_out(path: Path, kept: list[SliceHeader], aside: list[SliceHeader]) -> str:
+def _sort_out(path: Path, read: _Read, kept: list[SliceHeader], aside: list[SliceHeader]) -> str:
     """Empty if the file's images were kept; `aside` gets the headers of images that are no slices."""
     if path.name.lower().endswith(ARCHIVE_SUFFIXES):
         return "E_ARCHIVE"
     try:
-        headers = read_headers(path)
+        headers = read()
     except VolumeError as error:
         return error.code
     except OSError:
         return "E_CORRUPT"
     if not headers:
         return "other"
-    reason = "E_NOTCT" if headers[0].modality != "CT" else "E_DERIVED" if _is_derived(headers[0]) else ""
+    head = headers[0]
+    derived = _is_derived(head.image_type, head.sop_class)
+    reason = "E_NOTCT" if head.modality != "CT" else "E_DERIVED" if derived else ""
     (aside if reason else kept).extend(headers)
     return reason
 
 
-def _is_derived(header: SliceHeader) -> bool:
-    kinds = {kind.upper() for kind in header.image_type}
-    if header.sop_class == SECONDARY_CAPTURE or kinds & {"LOCALIZER", "SECONDARY"}:
+@lru_cache(maxsize=1024)
+def _is_derived(image_type: tuple[str, ...], sop_class: str) -> bool:
+    kinds = {kind.upper() for kind in image_type}
+    if sop_class == SECONDARY_CAPTURE or kinds & {"LOCALIZER", "SECONDARY"}:
         return True
     return bool(kinds) and not kinds & {"ORIGINAL", "AXIAL"}
 

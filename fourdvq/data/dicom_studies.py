@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from fourdvq.data.choice import (
 )
 from fourdvq.data.cohort_rows import CandidateRow, DatedScan, Finding, ScanRow, finding
 from fourdvq.data.dicom import FolderScan, SeriesCandidate, scan_folder
+from fourdvq.data.known_headers import KnownHeaders
 from fourdvq.data.limits import IMAGE_SUFFIXES
 from fourdvq.data.rough_lung import rough_lung_ml
 from fourdvq.data.tables import parse_date
@@ -33,13 +34,14 @@ OVERRIDES = "series.yaml"
 class DicomOptions:
     """How series are chosen: hard filters, the guess of the lung volume, and a person's own choices by key.
 
-    `progress` is told how many files were looked at, and of how many.
+    `progress` is told how many files were looked at, and of how many; files that `known` remembers are not opened.
     """
 
     rules: ChoiceRules = field(default_factory=ChoiceRules)
     estimate: Estimate | None = rough_lung_ml
     overrides: Mapping[str, str] = field(default_factory=dict)
     progress: Callable[[int, int], None] | None = None
+    known: KnownHeaders | None = None
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ class DicomReader:
             numbered[patient] += 1
             date = candidates[0].first.study_date
             where = f"DICOM study of {date or 'no date'} of patient {patient!r}"
-            place = _common_folder([s.path for c in candidates for s in c.slices])
-            folders = {s.path.parent for c in candidates for s in c.slices}
+            folders = {folder for c in candidates for folder in c.folders}
+            place = _common_folder(folders)
             damaged = tuple(p for p in found.unreadable if p.parent in folders)
             claimed.update(damaged)
             row = ScanRow(patient, f"study-{numbered[patient]}", place, 0, mask_of(place, ""), "dicom")
@@ -122,7 +124,7 @@ class DicomReader:
         return result
 
     def _look(self, folder: Path) -> FolderScan:
-        found = scan_folder(folder, self._options.progress)
+        found = scan_folder(folder, self._options.progress, self._options.known)
         self.skipped += found.skipped
         return found
 
@@ -173,7 +175,7 @@ def _scan_of(study: _Study, choice: Choice, findings: list[Finding]) -> DatedSca
         # A damaged file does not say which series it belongs to; going on without it could lose a slice.
         found = f"{len(study.damaged)} damaged files beside the scan's slices"
         findings.append(finding("E_CORRUPT", str(study.damaged[0]), found, patient=row.patient_id, scan=row.scan_id))
-    files = tuple(sorted({*used.files, *study.damaged}))
+    files = tuple(sorted({*used.files, *study.damaged})) if study.damaged else used.files
     row = replace(row, study_key=used.study_key, series_key=used.series_key, files=files)
     score = next(j.score for j in choice.judged if j.candidate is used)
     return DatedScan(row, study.where, study.date, study.days, score, used)
@@ -211,11 +213,11 @@ def _lost_by(score: Sequence[int], best: Sequence[int]) -> str:
 def _identity_findings(studies: Iterable[_Study]) -> list[Finding]:
     persons: dict[str, dict[str, set[str]]] = {}
     for study in studies:
-        for head in (s for c in study.candidates for s in c.slices):
+        for patient, sex, born in {(s.patient_id, s.sex, s.birth_date) for c in study.candidates for s in c.slices}:
             person = persons.setdefault(study.row.patient_id, {"patient id": set(), "sex": set(), "birth date": set()})
-            person["patient id"].add(head.patient_id)
-            person["sex"] |= {head.sex} - {"", "O"}
-            person["birth date"] |= {head.birth_date} - {""}
+            person["patient id"].add(patient)
+            person["sex"] |= {sex} - {"", "O"}
+            person["birth date"] |= {born} - {""}
     return [
         finding(
             "E_IDENTITY", f"DICOM headers of patient {patient!r}", f"{len(kinds)} values of {what}", patient=patient
@@ -226,8 +228,8 @@ def _identity_findings(studies: Iterable[_Study]) -> list[Finding]:
     ]
 
 
-def _common_folder(paths: Sequence[Path]) -> Path:
-    folder = paths[0].parent
-    while not all(path.is_relative_to(folder) for path in paths):
+def _common_folder(folders: Collection[Path]) -> Path:
+    folder = next(iter(folders))
+    while not all(other.is_relative_to(folder) for other in folders):
         folder = folder.parent
     return folder

@@ -65,14 +65,15 @@ def _of_file(path: Path, look: Callable[[Path], object]) -> object:
 
 
 def _ordered(scan: DatedScan) -> list[SliceHeader]:
-    slices = list(scan.series.slices) if scan.series is not None else []
-    if not all(s.has_geometry for s in slices):
+    if scan.series is None:
+        return []
+    slices = list(scan.series.slices)
+    if not scan.series.has_geometry:
         return sorted(slices, key=lambda s: s.path)
-    normal = direction_of(slices[0])
+    nx, ny, nz = direction_of(slices[0]).tolist()
     # By place and not by name: a copy has other file names.
-    return sorted(
-        slices, key=lambda s: round(float(sum(p * n for p, n in zip(s.position or (), normal, strict=True))), 3)
-    )
+    places = [round(x * nx + y * ny + z * nz, 3) for x, y, z in (s.position or () for s in slices)]
+    return [slices[i] for i in sorted(range(len(slices)), key=places.__getitem__)]
 
 
 def _digest(slices: Sequence[SliceHeader]) -> str:

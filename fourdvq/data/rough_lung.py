@@ -19,7 +19,7 @@ _AIR_HU = -500
 def rough_lung_ml(candidate: SeriesCandidate) -> float | None:
     """Millilitres of air inside the body, or None if it cannot be seen without decoding or reading fails."""
     slices = candidate.slices
-    if len(slices) < 3 or any(s.slope is None or not s.has_geometry or is_compressed(s) for s in slices):
+    if len(slices) < 3 or not candidate.has_geometry or any(s.slope is None or is_compressed(s) for s in slices):
         return None
     normal = direction_of(candidate.first)
     ordered = sorted(slices, key=lambda s: float(np.array(s.position) @ normal))

@@ -7,13 +7,30 @@ import stat
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+
+class FileState(NamedTuple):
+    """Where a file lies, and what becomes another when its content does; times in ns.
+
+    `changed_ns` is set by the system alone, so that it tells of a content whose time of change was set back.
+    """
+
+    folder: str
+    name: str
+    size: int
+    modified_ns: int
+    changed_ns: int
 
 
 @dataclass
 class FileWalk:
-    """Files in sorted order, and how many were left out: empty, unreadable, special (no regular file), loop."""
+    """Files in sorted order with their states, and how many were left out: empty, unreadable, special (no regular
+    file), loop.
+    """
 
     files: list[Path] = field(default_factory=list)
+    states: list[FileState] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
 
 
@@ -37,14 +54,15 @@ def walk_files(folder: Path) -> FileWalk:
             walk.skipped["loop"] += 1
             continue
         seen.add((status.st_dev, status.st_ino))
-        below = [path for entry in entries if (path := _take(entry, walk))]
+        below = [path for entry in entries if (path := _take(here, entry, walk))]
         waiting += reversed(below)  # the last one in is the first one out: folders come in the order of their names
     return walk
 
 
-def _take(entry: os.DirEntry[str], walk: FileWalk) -> str:
+def _take(here: str, entry: os.DirEntry[str], walk: FileWalk) -> str:
     """Note a file; the path of a folder that is to be walked, else empty."""
-    if entry.name.startswith(".") or entry.name.upper() == "DICOMDIR":
+    name = entry.name
+    if name.startswith(".") or name.upper() == "DICOMDIR":
         return ""
     try:
         status = entry.stat()
@@ -59,4 +77,5 @@ def _take(entry: os.DirEntry[str], walk: FileWalk) -> str:
         walk.skipped["empty"] += 1
     else:
         walk.files.append(Path(entry.path))
+        walk.states.append(FileState(here, name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     return ""

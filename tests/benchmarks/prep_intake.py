@@ -18,7 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dicom_factory import compress, write_series
 from fourdvq.data.choice import best_series
+from fourdvq.data.cohort import Cohort, load_cohort
 from fourdvq.data.dicom import scan_folder
+from fourdvq.data.dicom_studies import DicomOptions
+from fourdvq.data.known_headers import KnownHeaders
 from fourdvq.data.series import load_series
 from fourdvq.data.volume import Volume
 from header_fuzz import CHECKED_TWICE, SAID_ONCE, fuzz_apart
@@ -36,6 +39,7 @@ def figures(quick: bool) -> list[dict[str, Any]]:
         plain = _series(folder / "plain")
         result = [_intake(folder / "plain", plain, 3 if quick else 7), _parts(folder / "plain")]
         result += [_compressed(folder / how, plain, how, quick) for how in ("RLE", "JPEG", "JPEG2000")]
+    result.append(_remembered(4 if quick else 24))
     result.append(_many_files(5_000 if quick else 100_000))
     return [*result, *_fuzzed(quick)]
 
@@ -94,6 +98,46 @@ def _compressed(folder: Path, truth: Volume, how: str, quick: bool) -> dict[str,
         "CPU s",
         n=1,
         seconds=seconds,
+        note=note,
+    )
+
+
+def _remembered(scans: int) -> dict[str, Any]:
+    """The second look at a hospital's export: its cohort from unchanged files, without and with a memory of headers."""
+    rng = np.random.default_rng(0)
+    with _folder() as folder:
+        rows = ["patient_id,age,sex,smoking,time_days,event"]
+        for n in range(scans):
+            pixels = rng.integers(-1000, 400, (SLICES, 8, 8), dtype=np.int16)  # of its own, so that no scan is a double
+            volume = Volume(pixels, (1.0, 45.0, 45.0), (-180.0, -180.0, -150.0))
+            patient, date = f"P{n // 2:03d}", f"{2014 + n % 2}0301"
+            write_series(folder / "scans" / str(n), volume, patient_id=patient, study_date=date, study=str(n))
+        rows += [f"P{n:03d},60,M,ever,900,death" for n in range(scans // 2)]
+        (folder / "clinical.csv").write_text("\n".join(rows) + "\n")
+
+        def cohort(known: KnownHeaders | None) -> Cohort:
+            return load_cohort(folder / "clinical.csv", None, folder / "scans", dicom=DicomOptions(known=known))
+
+        filled = KnownHeaders()
+        read = cohort(filled)
+        text = filled.as_text(all_met=True)
+        if len(read.scans) != scans or cohort(KnownHeaders(text)) != read:
+            raise RuntimeError("a cohort from memory differs from the one that was read")
+        (without,) = cpu_seconds(lambda: cohort(None))
+        times = cpu_seconds(lambda: cohort(KnownHeaders(text)), 9)
+    low, middle, high = quartiles(times)
+    count, whole = scans * SLICES, 700 * SLICES
+    note = (
+        f"walk, memory, grouping, choice; {without:.2f} s without memory; {len(text) / count:.0f} bytes a file; "
+        f"scaled to {whole:,} files {middle * whole / count:.1f} s"
+    )
+    return figure(
+        f"resume: headers of {count} unchanged DICOM slices from memory",
+        round(middle, 3),
+        "CPU s",
+        n=len(times),
+        spread=(round(low, 3), round(high, 3)),
+        seconds=sum(times),
         note=note,
     )
 
