@@ -155,9 +155,8 @@ def _packed_column(values: Sequence[Any]) -> dict[str, Any]:
     """One of: the value that all have, parts of tuples, the different values and which of them each has, all values."""
     if set(map(type, values)) == {tuple} and len(set(map(len, values))) == 1 and values[0]:
         return {"parts": [_packed_column(part) for part in zip(*values, strict=True)]}
-    texts = [
-        repr(value) for value in values
-    ]  # equal only if the very same: 0.0 and -0.0 are two values, 1 and True too
+    # As text, so that 0.0 and -0.0 are two values, and 1 and True.
+    texts = [repr(value) for value in values]
     different = dict(zip(texts, values, strict=True))
     if len(different) == 1 and len(values) > 1:
         return {"all": values[0]}
