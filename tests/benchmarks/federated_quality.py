@@ -166,8 +166,11 @@ def plan_of(seed: int, schedule: Schedule, *, scans_a_step: int) -> Plan:
     )
 
 
-def federated(sites: Sequence[Site], schedule: Schedule, seed: int) -> VQGAN3d:
-    """Rounds as the coordinator runs them, with the library's own arithmetic."""
+def federated(sites: Sequence[Site], schedule: Schedule, seed: int, *, averaged: bool = False) -> VQGAN3d:
+    """Rounds as the coordinator runs them, with the library's own arithmetic.
+
+    `averaged`: every site moves its own codes and the mean of the codes is the next codebook, as if they were weights.
+    """
     plan = plan_of(seed, schedule, scans_a_step=1)
     spec = plan.federation
     trainers = [_trainer(plan, site.name) for site in sites]
@@ -190,7 +193,10 @@ def federated(sites: Sequence[Site], schedule: Schedule, seed: int) -> VQGAN3d:
         mean = weighted_mean([(shares[s.name], update) for s, update in zip(sites, updates, strict=True)])
         step = SERVER_OPTIMIZERS[spec.server_optimizer](lr=spec.server_lr)
         server.weights, server.optimizer = step.apply(server.weights, mean, server.optimizer)
-        _merge(plan, number, server, stats)
+        if averaged:
+            _average(plan, server, stats)
+        else:
+            _merge(plan, number, server, stats)
     return _model(plan, {n: t.float() for n, t in to_wire(server.weights, "bfloat16").items()}, server.codebook)
 
 
@@ -234,7 +240,8 @@ def rows(cells: Mapping[str, Any], settings: Sequence[Setting]) -> list[dict[str
         if not done:
             found.append(_missing(f"federated over pooled test MSE, {setting.name}", "<= 1.03, none > 1.06"))
             continue
-        found += [_ratio_row(cells, setting, done), *_local_rows(cells, setting, done)]
+        found += [_ratio_row(cells, setting, done), *_averaged_rows(cells, setting, done)]
+        found += _local_rows(cells, setting, done)
     return found
 
 
@@ -260,6 +267,25 @@ def _ratio_row(cells: Mapping[str, Any], setting: Setting, seeds: Sequence[str])
         note=note,
     )
     return result
+
+
+def _averaged_rows(cells: Mapping[str, Any], setting: Setting, seeds: Sequence[str]) -> list[dict[str, Any]]:
+    """The merged codebook against one whose codes are averaged like weights."""
+    keys = [(f"{setting.name}|{s}|federated", f"{setting.name}|{s}|codes averaged") for s in seeds]
+    ratios = [_mean(cells[ours]) / _mean(cells[other]) for ours, other in keys if other in cells]
+    if not ratios:
+        return []
+    row: dict[str, Any] = figure(
+        f"merged codebook over averaged codes, test MSE, {setting.name}",
+        round(statistics.fmean(ratios), 4),
+        "ratio",
+        target="< 1",
+        holds=max(ratios) < 1.0,
+        n=len(ratios),
+        spread=(round(min(ratios), 4), round(max(ratios), 4)),
+        note=f"each seed {_listed(ratios)}",
+    )
+    return [row]
 
 
 def _local_rows(cells: Mapping[str, Any], setting: Setting, seeds: Sequence[str]) -> list[dict[str, Any]]:
@@ -303,6 +329,7 @@ def _models(
     cells = {"pooled": cell(pooled), "federated": cell(federated)}
     if len(sites) == 2:
         cells["pooled again"] = cell(pooled, order="another order")
+        cells["codes averaged"] = cell(federated, averaged=True)
     return cells | {f"local {site.name}": cell(local, which=i) for i, site in enumerate(sites)}
 
 
@@ -347,6 +374,14 @@ def _merge(plan: Plan, number: int, server: Server, stats: Sequence[CodebookStat
     server.codebook, server.dead_for = revive_dead(
         merged, server.dead_for, share=spec.dead_code_share, rounds=spec.dead_code_rounds, seed=plan.seed + number
     )
+
+
+def _average(plan: Plan, server: Server, stats: Sequence[CodebookStats]) -> None:
+    decay = plan.federation.codebook_round_decay
+    own = [next_codebook("ema", server.codebook, [one], decay=decay) for one in stats]
+    codes = torch.stack([book.codes for book in own]).mean(dim=0)
+    counts = torch.stack([book.counts for book in own]).mean(dim=0)
+    server.codebook = CodebookState(codes, counts, codes.to(counts.dtype) * counts[:, None])
 
 
 def _model(plan: Plan, weights: Weights, codebook: CodebookState) -> VQGAN3d:
