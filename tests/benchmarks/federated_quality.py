@@ -10,7 +10,7 @@ of optimiser steps and rounds and the same codebook rule:
     pooled      one trainer on all scans, with as many scans a step as there are sites
     local       one site alone, with its own first codebook
 Each finished model is one cell in FOLDER/cells.json: a run that was stopped goes on where it was. The whole takes
-about 80 CPU minutes on one core; the area's script reads the finished cells.
+about two hours on one core; the area's script reads the finished cells.
 """
 
 from __future__ import annotations
