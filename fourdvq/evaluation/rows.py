@@ -42,7 +42,7 @@ class Case:
     years: tuple[float, ...]
     targets: tuple[Tensor, ...]
     lung: Tensor
-    strata: tuple[tuple[str, ...], ...] = ()  # of each target: how it and its base were taken; labels of rows
+    strata: tuple[tuple[str, ...], ...]  # of each target: how it and its base were taken; labels of rows
 
 
 class Bench:

@@ -28,9 +28,7 @@ from fourdvq.plan import GIVEN_FOR_EXTRAPOLATION, Plan
 from fourdvq.training.seeds import generator
 
 MODES = ("extrapolation", "interpolation")
-
-
-THIN_MM = 1.5  # slices up to this are thin
+THIN_MM = 1.5  # slices up to this are thin; judgement
 
 
 @dataclass(frozen=True)
@@ -245,7 +243,7 @@ def _scores_of(
         ahead = year - case.years_given[base]
         bins.setdefault("/" + horizon_label(ahead, plan.evaluation.horizon_bins_years), []).append(i)
         rise = _mean_hu(case.targets[i], case, plan) - _mean_hu(case.scans[base, 0], case, plan)
-        for stratum in case.strata[i] if case.strata else ():
+        for stratum in case.strata[i]:
             bins.setdefault("/" + stratum, []).append(i)
         bins.setdefault("/fast" if rise > plan.evaluation.fast_hu_per_year * ahead else "/slow", []).append(i)
     scores = []

@@ -39,7 +39,7 @@ def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _narrow(tensor: Tensor) -> Tensor:
-    if tensor.dtype != torch.float32 or tensor.is_meta:
+    if tensor.dtype != torch.float32:
         return tensor
     bits = tensor.contiguous().view(torch.int32)
     for dtype in _HALVES:

@@ -15,16 +15,8 @@ from memory_sites import MemorySite, Scans
 ONE_SITE = ("federation.quorum=1", "federation.wire_dtype=float32", "federation.rounds=3", "evaluation.every_rounds=0")
 
 
-@pytest.fixture
-def one_thread():
-    """As the sites of a local grid train: another number of threads adds up in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_one_site_federation_equals_local_training_to_float_precision(tmp_path, one_thread):
+@pytest.mark.usefixtures("one_thread")  # as the sites of a local grid train: the order of a sum depends on it
+def test_one_site_federation_equals_local_training_to_float_precision(tmp_path):
     site = MemorySite("leuven", scans=6, seed=1)
     _, store = run(tmp_path, {"leuven": site}, *ONE_SITE, until="vqgan")
     plan = store.plan
