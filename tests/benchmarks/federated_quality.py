@@ -22,7 +22,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from _common import emit, figure  # type: ignore[import-not-found]
 from _phantom_scans import MemoryScans, phantom_scans  # type: ignore[import-not-found]
+from _rounds import codes_used, federate, first_server, train_alone, trainer_of  # type: ignore[import-not-found]
 from torch import Tensor
 
 from fourdvq.data.files import write_atomic
-from fourdvq.federation.aggregate import SERVER_OPTIMIZERS, site_shares, weighted_mean
-from fourdvq.federation.codebook import CodebookState, CodebookStats, initial_codebook, next_codebook, revive_dead
+from fourdvq.federation.aggregate import site_shares
 from fourdvq.metrics import mse
-from fourdvq.models.vqgan import VQGAN3d, load_codebook, load_generator
+from fourdvq.models.vqgan import VQGAN3d
 from fourdvq.plan import FederationSpec, GanSpec, ModelSpec, Plan, VqganTraining
-from fourdvq.tensors import Weights
-from fourdvq.training.codebook_init import kmeans_stats
-from fourdvq.training.seeds import derive_seed
-from fourdvq.training.update import to_wire
-from fourdvq.training.vqgan import VqganTrainer, initial_model, initial_weights
 
 RESULTS = Path(__file__).parent / "results" / "federated_quality.cells.json"
 SIZE = (16, 32, 32)
@@ -81,16 +76,6 @@ class Site:
     name: str
     train: MemoryScans
     test: list[Tensor]
-
-
-@dataclass
-class Server:
-    """What the coordinator keeps between rounds; `weights` are float32 and nothing is lost of them on the way."""
-
-    weights: dict[str, Tensor]
-    codebook: CodebookState
-    dead_for: Tensor
-    optimizer: dict[str, Tensor] = field(default_factory=dict)
 
 
 def main() -> None:
@@ -167,50 +152,25 @@ def plan_of(seed: int, schedule: Schedule, *, scans_a_step: int) -> Plan:
 
 
 def federated(sites: Sequence[Site], schedule: Schedule, seed: int, *, averaged: bool = False) -> VQGAN3d:
-    """Rounds as the coordinator runs them, with the library's own arithmetic.
-
-    `averaged`: every site moves its own codes and the mean of the codes is the next codebook, as if they were weights.
-    """
+    """Rounds as the coordinator runs them; `averaged`: the codes are averaged as if they were weights."""
     plan = plan_of(seed, schedule, scans_a_step=1)
-    spec = plan.federation
-    trainers = [_trainer(plan, site.name) for site in sites]
+    spec, scans = plan.federation, _scans(sites)
     registered = {site.name: float(len(site.train)) for site in sites}
-    server = _first(plan, sites)
-    for number in range(1, schedule.rounds + 1):
-        sent = {name: t.float() for name, t in to_wire(server.weights, "bfloat16").items()}
-        updates, stats = [], []
-        for trainer, site in zip(trainers, sites, strict=True):
-            trainer.load_global(sent, server.codebook)
-            done = trainer.train(
-                site.train,
-                steps=schedule.steps,
-                global_step=(number - 1) * schedule.steps,
-                decay_per_round=spec.codebook_round_decay,
-            )
-            updates.append({n: t.float() for n, t in to_wire(done.delta, spec.wire_dtype).items()})
-            stats.append(done.stats)
-        shares = site_shares(registered, registered, cap_two=spec.weight_cap_two, cap_many=spec.weight_cap_many)
-        mean = weighted_mean([(shares[s.name], update) for s, update in zip(sites, updates, strict=True)])
-        step = SERVER_OPTIMIZERS[spec.server_optimizer](lr=spec.server_lr)
-        server.weights, server.optimizer = step.apply(server.weights, mean, server.optimizer)
-        if averaged:
-            _average(plan, server, stats)
-        else:
-            _merge(plan, number, server, stats)
-    return _model(plan, {n: t.float() for n, t in to_wire(server.weights, "bfloat16").items()}, server.codebook)
+    shares = site_shares(registered, registered, cap_two=spec.weight_cap_two, cap_many=spec.weight_cap_many)
+    return federate(plan, scans, first_server(plan, scans), shares, averaged=averaged)
 
 
 def pooled(sites: Sequence[Site], schedule: Schedule, seed: int, *, order: str = "pooled") -> VQGAN3d:
     """One trainer on the union, as many scans a step as there are sites; `order` names its random stream."""
     plan = plan_of(seed, schedule, scans_a_step=len(sites))
     union = MemoryScans([volume for site in sites for volume in site.train.volumes])
-    return _alone(plan, _trainer(plan, order), union, _first(plan, sites), schedule, copies=len(sites))
+    return train_alone(plan, trainer_of(plan, order), union, first_server(plan, _scans(sites)), copies=len(sites))
 
 
 def local(sites: Sequence[Site], schedule: Schedule, seed: int, *, which: int) -> VQGAN3d:
     """One site alone: its own first codebook, its own scans."""
     plan, site = plan_of(seed, schedule, scans_a_step=1), sites[which]
-    return _alone(plan, _trainer(plan, site.name), site.train, _first(plan, [site]), schedule, copies=1)
+    return train_alone(plan, trainer_of(plan, site.name), site.train, first_server(plan, _scans([site])))
 
 
 def test_mse(model: VQGAN3d, scans: Sequence[Tensor]) -> float:
@@ -322,7 +282,7 @@ def _models(
     def cell(train: Callable[..., VQGAN3d], **more: Any) -> Callable[[], tuple[VQGAN3d, dict[str, Any]]]:
         def call() -> tuple[VQGAN3d, dict[str, Any]]:
             model = train(sites, schedule, seed, **more)
-            return model, {"codes_used": _codes_used(model, sites)}
+            return model, {"codes_used": codes_used(model, [x for site in sites for x in site.test])}
 
         return call
 
@@ -333,71 +293,8 @@ def _models(
     return cells | {f"local {site.name}": cell(local, which=i) for i, site in enumerate(sites)}
 
 
-def _trainer(plan: Plan, name: str) -> VqganTrainer:
-    return VqganTrainer(plan, seed=derive_seed(plan.seed, "site", name))
-
-
-def _first(plan: Plan, sites: Sequence[Site]) -> Server:
-    """Initial weights and the codebook that the sites' centroids give."""
-    model, n_codes = initial_model(plan), plan.model.n_codes
-    centroids = [
-        kmeans_stats(model, site.train, n_codes=n_codes, seed=derive_seed(plan.seed, "codes", site.name), min_vectors=1)
-        for site in sites
-    ]
-    codebook = initial_codebook(centroids, n_codes=n_codes, seed=plan.seed)
-    return Server(initial_weights(plan), codebook, torch.zeros(n_codes, dtype=torch.int64))
-
-
-def _alone(
-    plan: Plan, trainer: VqganTrainer, scans: MemoryScans, server: Server, schedule: Schedule, *, copies: int
-) -> VQGAN3d:
-    """The same rounds with one trainer, whose codes move at the end of a round as the coordinator moves them.
-
-    `copies` puts its codebook sums, a mean over scans, on the scale of as many sites' sums.
-    """
-    trainer.load_global(server.weights, server.codebook)
-    for number in range(1, schedule.rounds + 1):
-        done = trainer.train(
-            scans,
-            steps=schedule.steps,
-            global_step=(number - 1) * schedule.steps,
-            decay_per_round=plan.federation.codebook_round_decay,
-        )
-        _merge(plan, number, server, [CodebookStats(done.stats.counts * copies, done.stats.sums * copies)])
-        load_codebook(trainer.model, server.codebook)
-    return trainer.model
-
-
-def _merge(plan: Plan, number: int, server: Server, stats: Sequence[CodebookStats]) -> None:
-    spec = plan.federation
-    merged = next_codebook("ema", server.codebook, stats, decay=spec.codebook_round_decay)
-    server.codebook, server.dead_for = revive_dead(
-        merged, server.dead_for, share=spec.dead_code_share, rounds=spec.dead_code_rounds, seed=plan.seed + number
-    )
-
-
-def _average(plan: Plan, server: Server, stats: Sequence[CodebookStats]) -> None:
-    decay = plan.federation.codebook_round_decay
-    own = [next_codebook("ema", server.codebook, [one], decay=decay) for one in stats]
-    codes = torch.stack([book.codes for book in own]).mean(dim=0)
-    counts = torch.stack([book.counts for book in own]).mean(dim=0)
-    server.codebook = CodebookState(codes, counts, codes.to(counts.dtype) * counts[:, None])
-
-
-def _model(plan: Plan, weights: Weights, codebook: CodebookState) -> VQGAN3d:
-    model = initial_model(plan)
-    load_generator(model, weights)
-    load_codebook(model, codebook)
-    return model
-
-
-def _codes_used(model: VQGAN3d, sites: Sequence[Site]) -> int:
-    used: set[int] = set()
-    with torch.no_grad():
-        for site in sites:
-            for x in site.test:
-                used.update(model.quantise(model.encode(x[None] - 0.5)).indices.flatten().tolist())
-    return len(used)
+def _scans(sites: Sequence[Site]) -> dict[str, MemoryScans]:
+    return {site.name: site.train for site in sites}
 
 
 def _mean(cell: Mapping[str, Any]) -> float:

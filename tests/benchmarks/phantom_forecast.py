@@ -35,6 +35,7 @@ from _common import emit  # type: ignore[import-not-found]
 from _forecast_data import GIVEN, Patient, cells, cohort  # type: ignore[import-not-found]
 from _forecast_figures import rows  # type: ignore[import-not-found]
 from _phantom_scans import MemoryScans  # type: ignore[import-not-found]
+from _rounds import federate, first_server, over_the_wire  # type: ignore[import-not-found]
 from torch import Tensor
 
 from fourdvq.data.datasets import latent_mask
@@ -43,16 +44,13 @@ from fourdvq.data.latents import LatentPatient
 from fourdvq.evaluation.rows import population_rate
 from fourdvq.evaluation.trajectory import LongitudinalPatient, score_patient
 from fourdvq.federation.aggregate import weighted_mean
-from fourdvq.federation.codebook import initial_codebook, next_codebook, revive_dead
 from fourdvq.generation import GivenLatents, WorldModel, encode_given, evaluating, predict_codes, residual_volumes
 from fourdvq.models.latent_ode import LatentODE
-from fourdvq.models.vqgan import VQGAN3d, load_codebook, load_generator, tokenizer_sha256
+from fourdvq.models.vqgan import VQGAN3d, tokenizer_sha256
 from fourdvq.plan import FederationSpec, GanSpec, ModelSpec, OdeTraining, Plan, TemporalSpec, VqganTraining
-from fourdvq.training.codebook_init import kmeans_stats
 from fourdvq.training.latent_ode import OdeTrainer, initial_ode
 from fourdvq.training.seeds import derive_seed
-from fourdvq.training.update import apply, to_wire
-from fourdvq.training.vqgan import VqganTrainer, initial_model, initial_weights
+from fourdvq.training.update import apply
 
 SITES = ("leuven", "southampton")
 SAMPLES = 40
@@ -185,37 +183,9 @@ def plan_of(size: Size, seed: int) -> Plan:
 
 def federated_vqgan(plan: Plan, sites: Sequence[Site]) -> VQGAN3d:
     """Stage 1 over the sites, equal weights, merged codebook sums."""
-    spec = plan.federation
     scans = {site.name: MemoryScans([x[None] for p in site.train for x in p.scans]) for site in sites}
-    trainers = {site.name: VqganTrainer(plan, seed=derive_seed(plan.seed, "site", site.name)) for site in sites}
-    weights, dead = initial_weights(plan), torch.zeros(plan.model.n_codes, dtype=torch.int64)
-    first = [
-        kmeans_stats(initial_model(plan), scans[site.name], n_codes=plan.model.n_codes, seed=plan.seed, min_vectors=1)
-        for site in sites
-    ]
-    book = initial_codebook(first, n_codes=plan.model.n_codes, seed=plan.seed)
-    for number in range(1, spec.rounds + 1):
-        sent = _over_the_wire(weights)
-        updates, stats = [], []
-        for name, trainer in trainers.items():
-            trainer.load_global(sent, book)
-            done = trainer.train(
-                scans[name],
-                steps=spec.local_steps,
-                global_step=(number - 1) * spec.local_steps,
-                decay_per_round=spec.codebook_round_decay,
-            )
-            updates.append((1.0, _over_the_wire(done.delta)))
-            stats.append(done.stats)
-        weights = {n: t.float() for n, t in apply(sent, weighted_mean(updates)).items()}
-        merged = next_codebook("ema", book, stats, decay=spec.codebook_round_decay)
-        book, dead = revive_dead(
-            merged, dead, share=spec.dead_code_share, rounds=spec.dead_code_rounds, seed=plan.seed + number
-        )
-    model = initial_model(plan)
-    load_generator(model, weights)
-    load_codebook(model, book)
-    return model.eval()
+    model: VQGAN3d = federate(plan, scans, first_server(plan, scans), dict.fromkeys(scans, 1.0))
+    return model
 
 
 def federated_ode(plan: Plan, vqgan: VQGAN3d, coded: Mapping[str, Sequence[LatentPatient]]) -> LatentODE:
@@ -225,14 +195,14 @@ def federated_ode(plan: Plan, vqgan: VQGAN3d, coded: Mapping[str, Sequence[Laten
     model = initial_ode(plan)
     weights = dict(model.state_dict())
     for _ in range(plan.federation.ode_rounds):
-        sent = _over_the_wire(weights)
+        sent = over_the_wire(weights)
         updates = []
         for name, trainer in trainers.items():
             trainer.load_global(sent)
             done = trainer.train(coded[name], steps=plan.federation.ode_local_steps)
-            updates.append((1.0, _over_the_wire(done.delta)))
-        weights = {n: t.float() for n, t in apply(sent, weighted_mean(updates)).items()}
-    model.load_state_dict(weights)
+            updates.append((1.0, over_the_wire(done.delta)))
+        weights = apply(weights, weighted_mean(updates))
+    model.load_state_dict(over_the_wire(weights))
     return model.eval()
 
 
@@ -386,10 +356,6 @@ def _calibration(dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
     square = noise.T @ noise / len(noise)
     inverse = np.linalg.inv(square + RIDGE * np.eye(len(square)) * np.trace(square) / len(square))
     return np.asarray(inverse @ a / (a @ inverse @ a))
-
-
-def _over_the_wire(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n: t.float() for n, t in to_wire(dict(tensors), "bfloat16").items()}
 
 
 def note(seed: int, text: str) -> None:

@@ -4,7 +4,7 @@
 
 Ratios are of CPU seconds on one thread, interleaved with the comparison in the same run; `holds` comes from the worse
 quartile. What needs a GPU is null without one. The step stands in vqgan_step.py, the whole volume in vqgan_cost.py, the
-experiments, whose finished cells are read here, in federated_quality.py and vqgan_quality.py.
+experiments, whose finished cells are read here, in federated_quality.py, vqgan_quality.py and vqgan_real.py.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 import vqgan_cost  # type: ignore[import-not-found]
 import vqgan_devices  # type: ignore[import-not-found]
 import vqgan_quality  # type: ignore[import-not-found]
+import vqgan_real  # type: ignore[import-not-found]
 import vqgan_step  # type: ignore[import-not-found]
 from _common import clock, emit, figure, quartiles  # type: ignore[import-not-found]
 from torch.nn import functional as F
@@ -51,6 +52,7 @@ def main() -> None:
         *vqgan_devices.figures(options.quick),
         *federated_quality.figures(options.quick),
         *vqgan_quality.figures(options.quick),
+        *vqgan_real.figures(options.quick),
     ]
     emit("vqgan", figures, options.quick, out=options.out)
 
