@@ -234,8 +234,6 @@ def decode_codes(model: WorldModel, given: GivenLatents, z: Tensor, *, requantis
     quantised = model.vqgan.quantise(z[None])
     indices = torch.where(given.lung, quantised.indices[0], given.indices[0])
     inside = model.vqgan.embed(indices[None]) if requantise else torch.where(given.lung, z, given.z[0])[None]
-    if model.device.type == "cpu":  # its convolutions are up to a fifth faster so, forward
-        inside = inside.contiguous(memory_format=torch.channels_last_3d)
     with autocast(model.device, model.precision):
         decoded = model.vqgan.decode(inside)[0, 0].float().contiguous()
     return (decoded + 0.5).clamp(0, 1).cpu(), indices.cpu()

@@ -107,6 +107,7 @@ class OdeTraining:
     lambda_diff: float = 1.0
     weight_rise: tuple[float, float] = (1.0, 2.0)  # time weights rise linearly over the observed order, then mean 1
     kl_weight: float = 1e-3  # of the patient's random part, used where temporal.initial_state is variational
+    precision: Literal["fp32", "bf16"] = "bf16"  # of the convolutions in training with rk4; dopri5 is float32
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from fourdvq.data.latents import LatentPatient
 from fourdvq.generation import WorldModel
 from fourdvq.models.latent_ode import LatentODE
 from fourdvq.models.vqgan import VQGAN3d, tokenizer_sha256
-from fourdvq.plan import ModelSpec, Plan, TemporalSpec
+from fourdvq.plan import ModelSpec, OdeTraining, Plan, TemporalSpec
 from fourdvq.training.latent_ode import OdeTrainer
 
 GRID = (3, 4, 5)  # d h w
@@ -42,7 +42,8 @@ def patients(n: int, years: list[float], *, seed: int = 1, code_dim: int = 3) ->
 
 def ode_plan(**temporal: object) -> Plan:
     spec = TemporalSpec(**{"hidden": 4, "dynamics_width": 4, **temporal})  # type: ignore[arg-type]
-    return Plan(name="test", profile_sha256="", model=ModelSpec(n_codes=CODES, code_dim=DIM), temporal=spec)
+    model, training = ModelSpec(n_codes=CODES, code_dim=DIM), OdeTraining(precision="fp32")
+    return Plan(name="test", profile_sha256="", model=model, temporal=spec, ode=training)
 
 
 def ode_codebook() -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fourdvq.models.conv3d import Conv3d
 from fourdvq.models.norm_silu import group_norm_silu
 
 Norm = Literal["group", "batch"]
@@ -21,7 +22,6 @@ Padding = Literal["zeros", "replicate"]
 
 MAX_GROUPS = 32  # code
 GROUP_EPS = 1e-6  # code
-SLOW_PATH_SIZE = 20_480  # torch: B C D H up to which a small convolution leaves oneDNN
 
 
 def norm3d(kind: Norm, channels: int) -> nn.Module:
@@ -53,14 +53,12 @@ class Conv3dSame(nn.Module):
         side = _same_side(kernel, stride)
         # Padding stands outside the convolution only where it must: it costs a copy of the volume.
         self.outside = side if padding == "replicate" else 0
-        self.conv = nn.Conv3d(inputs, outputs, kernel, stride, padding=0 if self.outside else side)
+        self.conv = Conv3d(inputs, outputs, kernel, stride, padding=0 if self.outside else side)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, D, H, W) -> (B, outputs, D/stride, H/stride, W/stride)."""
         if self.outside:
             x = F.pad(x, (self.outside,) * 6, mode="replicate")
-        elif self.conv.kernel_size[0] == 3 and _takes_slow_path(x):
-            return _conv_in_halves(x, self.conv)
         out: Tensor = self.conv(x)
         return out
 
@@ -107,7 +105,7 @@ class ResBlock3d(nn.Module):
     def _block(self, x: Tensor) -> Tensor:
         h = self.conv1(norm_silu(self.norm1, x))
         change: Tensor = self.conv2(norm_silu(self.norm2, h))
-        return x + change
+        return change.add_(x)  # no gradient needs the convolution's own output
 
 
 class NormSiLU(nn.Module):
@@ -136,28 +134,6 @@ def levels_of(compression: int) -> int:
     if levels < 1 or 2**levels != compression:
         raise ValueError(f"compression {compression} is not a power of two above 1")
     return levels
-
-
-def _takes_slow_path(x: Tensor) -> bool:
-    """Whether torch would run a 3^3 convolution of this input without oneDNN: one small float32 volume on a CPU.
-
-    Source: `use_mkldnn` in torch's Convolution.cpp; measured 2 to 4 times slower at 32x48x48 voxels.
-    """
-    small = x.shape[0] == 1 and x.shape[1:4].numel() <= SLOW_PATH_SIZE
-    return small and x.shape[2] % 2 == 0 and x.device.type == "cpu" and x.dtype is torch.float32 and not _autocasts()
-
-
-def _conv_in_halves(x: Tensor, conv: nn.Conv3d) -> Tensor:
-    """The same convolution as a batch of two halves along D that overlap by the kernel, which oneDNN accepts."""
-    half = x.shape[2] // 2
-    padded = F.pad(x, (0, 0, 0, 0, 1, 1))
-    halves = torch.cat([padded[:, :, : half + 2], padded[:, :, half:]])
-    out = F.conv3d(halves, conv.weight, conv.bias, padding=(0, 1, 1))
-    return torch.cat([out[:1], out[1:]], dim=2)
-
-
-def _autocasts() -> bool:
-    return torch.is_autocast_enabled("cpu")
 
 
 def _same_side(kernel: int, stride: int) -> int:

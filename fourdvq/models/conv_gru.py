@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fourdvq.models.conv3d import Conv3d, channels_last_on_cpu
+
 SHORTEST_GAP_YEARS = 0.1  # a change over less time than this is mostly noise, and is not blown up further
 
 
@@ -19,8 +21,8 @@ class ConvGRU3dCell(nn.Module):
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
         self.hidden = hidden
-        self.gates = nn.Conv3d(channels + hidden, 2 * hidden, 3, padding=1)
-        self.candidate = nn.Conv3d(channels + hidden, hidden, 3, padding=1)
+        self.gates = Conv3d(channels + hidden, 2 * hidden, 3, padding=1)
+        self.candidate = Conv3d(channels + hidden, hidden, 3, padding=1)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         """Input x (B, channels, d, h, w) and state h (B, hidden, d, h, w); returns the next state."""
@@ -60,24 +62,24 @@ class BackwardConvGRU(nn.Module):
 
         A scan that is not observed changes nothing: padding and hidden inputs are the same thing.
         """
-        h = z.new_zeros(z.shape[0], self.cell.hidden, *z.shape[3:])
-        read_at, read = t[:, -1], z[:, -1]
+        h = channels_last_on_cpu(z.new_zeros(z.shape[0], self.cell.hidden, *z.shape[3:]))
+        read_at, read = t[:, -1], channels_last_on_cpu(z[:, -1])
         started = torch.zeros_like(observed[:, -1])
         for i in reversed(range(z.shape[1])):
             seen = observed[:, i]
             gap = torch.where(started & seen, (t[:, i] - read_at) / self.t_scale_years, 0.0).to(z.dtype)
             gap_grid = gap[:, None, None, None, None]
             moved = h if self.drift is None else h + gap_grid * self.drift(h)
-            x = z[:, i]
+            x = codes = channels_last_on_cpu(z[:, i])
             if self.time_gap_channel:
                 x = torch.cat([x, gap_grid.expand(-1, 1, *x.shape[2:])], dim=1)
             seen_grid = seen[:, None, None, None, None]
             if self.velocity_input:
                 years = (read_at - t[:, i]).clamp(min=SHORTEST_GAP_YEARS).to(z.dtype)[:, None, None, None, None]
                 known = (started & seen)[:, None, None, None, None]
-                x = torch.cat([x, torch.where(known, (read - z[:, i]) / years, 0.0)], dim=1)
+                x = torch.cat([x, torch.where(known, (read - codes) / years, 0.0)], dim=1)
             h = torch.where(seen_grid, self.cell(x, moved), h)
-            read_at, read = torch.where(seen, t[:, i], read_at), torch.where(seen_grid, z[:, i], read)
+            read_at, read = torch.where(seen, t[:, i], read_at), torch.where(seen_grid, codes, read)
             started = started | seen
         first: Tensor = self.head(h)
         return first

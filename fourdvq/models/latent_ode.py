@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchdiffeq import odeint
 
 from fourdvq.errors import ModelError
+from fourdvq.models.conv3d import Conv3d, channels_last_on_cpu
 from fourdvq.models.conv_gru import SHORTEST_GAP_YEARS, BackwardConvGRU
 from fourdvq.plan import TemporalSpec
 
@@ -43,7 +43,7 @@ class Dynamics(nn.Module):
         super().__init__()
         self.time_input = time_input
         sizes = [hidden + int(time_input), *[width] * (layers - 1), hidden]
-        self.convs = nn.ModuleList(nn.Conv3d(a, b, 3, padding=1) for a, b in pairwise(sizes))
+        self.convs = nn.ModuleList(Conv3d(a, b, 3, padding=1) for a, b in pairwise(sizes))
         last = self.convs[-1]
         nn.init.zeros_(last.weight)  # type: ignore[arg-type]
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
@@ -54,6 +54,7 @@ class Dynamics(nn.Module):
             if tau is None:
                 tau = h.new_zeros(h.shape[0])
             h = torch.cat([h, tau.to(h.dtype)[:, None, None, None, None].expand(-1, 1, *h.shape[2:])], dim=1)
+        h = channels_last_on_cpu(h)
         for conv in self.convs[:-1]:
             h = torch.tanh(conv(h))
         out: Tensor = self.convs[-1](h)
@@ -125,7 +126,7 @@ class LatentODE(nn.Module):
         self._pairs = spec.skip and spec.projector == "paper"
         # A bias would cancel in P(h(s)) - P(h(a)): it is there only where it can act.
         bias = self._pairs or not spec.skip or spec.anchor == "paper"
-        self.projector = nn.Conv3d(spec.hidden * (2 if self._pairs else 1), code_dim, 3, padding=1, bias=bias)
+        self.projector = Conv3d(spec.hidden * (2 if self._pairs else 1), code_dim, 3, padding=1, bias=bias)
         self.posterior = nn.Linear(spec.hidden, 2 * spec.hidden) if spec.initial_state == "variational" else None
 
     def forward(
@@ -181,14 +182,14 @@ class LatentODE(nn.Module):
         """
         if lung is not None:
             z = z * lung[:, None, None].to(z.dtype)
-        h = self.encoder(z, t, observed)
+        h = self.encoder(z, t, observed).to(z.dtype)  # autocast must not leave 16-bit states to be summed
         pooled = _lung_mean(h, lung)
         if self.context is not None:
             rate = _lung_mean(_rate_of_change(z, t, observed), lung)
-            h = h + self.context(torch.cat([pooled, rate], dim=1))[:, :, None, None, None]
+            h = h + self.context(torch.cat([pooled, rate], dim=1)).to(h.dtype)[:, :, None, None, None]
         if self.posterior is None:
             return InitialState(h)
-        mean, log_sd = self.posterior(pooled).chunk(2, dim=1)
+        mean, log_sd = self.posterior(pooled).to(h.dtype).chunk(2, dim=1)
         return InitialState(h, mean, log_sd.clamp(-6.0, 2.0))
 
     def solve(self, h_first: Tensor, t_first: Tensor, s: Tensor) -> Tensor:
@@ -241,7 +242,7 @@ class LatentODE(nn.Module):
         if self.spec.anchor == "paper":
             return _each(self.projector, h)
         moved = h - torch.where(_grid(from_last), h_last, h_first)
-        return _each(lambda x: F.conv3d(x, self.projector.weight, padding=1), moved)
+        return _each(self.projector, moved)
 
     def _cumulative_change(
         self, h: Tensor, h_first: Tensor, h_last: Tensor, s: Tensor, from_last: Tensor, at_anchor: Tensor
@@ -274,7 +275,7 @@ class _Flow(nn.Module):
         self.years = years
 
     def forward(self, u: Tensor, y: Tensor) -> Tensor:
-        slope: Tensor = self.dynamics(y, self.began + u * self.years)
+        slope: Tensor = self.dynamics(y, self.began + u * self.years).to(y.dtype)
         return self.years.to(y.dtype)[:, None, None, None, None] * slope
 
 
@@ -323,5 +324,5 @@ def _grid(flags: Tensor) -> Tensor:
 
 def _each(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a function of (N, channels, d, h, w) to (B, S, channels, d, h, w)."""
-    out = function(x.flatten(0, 1))
+    out = function(channels_last_on_cpu(x.flatten(0, 1)))
     return out.reshape(*x.shape[:2], *out.shape[1:])

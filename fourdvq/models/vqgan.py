@@ -17,6 +17,7 @@ from fourdvq.errors import ModelError
 from fourdvq.federation.codebook import CodebookState
 from fourdvq.models.autoencoder import Decoder3d, Encoder3d
 from fourdvq.models.codebook import Codebook
+from fourdvq.models.conv3d import fastest_forward
 from fourdvq.plan import ModelSpec
 from fourdvq.tensors import first_nonfinite, form_difference, payload_sha256
 
@@ -82,7 +83,7 @@ class VQGAN3d(nn.Module):
 
     def decode(self, z_q: Tensor) -> Tensor:
         """(B, c, d, h, w) -> (B, 1, D, H, W), a volume minus 0.5; not clamped."""
-        volume: Tensor = self.decoder(self.post_quantise(z_q))
+        volume: Tensor = self.decoder(self.post_quantise(fastest_forward(z_q)))
         return volume
 
     def embed(self, indices: Tensor) -> Tensor:

@@ -8,6 +8,10 @@ the first k scans, k drawn evenly from min(2, T - 1) to T - 1, and the later sca
 forecast. A patient with two scans gives the first and is asked for the second. Scans where the prediction is exact by
 construction (the anchors) are left out of the means. `mask_prob` hides given scans other than the baseline.
 
+Precision. With `ode.precision: bf16` the convolutions run in bfloat16 where this machine gets that right; states, sums
+over time, codes and losses are float32. dopri5 always runs in float32: its step follows differences that bfloat16
+rounds away. What a trained model predicts is always computed in float32.
+
 A variational model draws one course per draw of a patient, and pays `kl_weight` for each nat of its random part.
 
 Randomness is a function of (seed, number of patients drawn so far), so a restored trainer goes on as if never stopped.
@@ -30,6 +34,7 @@ from fourdvq.models.vqgan import load_strict
 from fourdvq.plan import OdeTraining, Plan, TemporalSpec
 from fourdvq.training.checkpoint import TrainState
 from fourdvq.training.optimiser_state import pack_adam, unpack_adam
+from fourdvq.training.precision import autocast
 from fourdvq.training.seeds import derive_seed, seeded
 from fourdvq.training.update import delta as weight_delta
 
@@ -208,12 +213,13 @@ class OdeTrainer:
         zq, lung = embed(patient, self.codebook, keep)
         t = torch.tensor([years], dtype=torch.float32, device=self.device)
         observed = torch.as_tensor(given.observed, device=self.device)[None]
-        start = self.model.initial_state(zq[None], t, observed, lung[None])
-        noise = None
-        if start.mean is not None:
-            noise = torch.as_tensor(rng.standard_normal(start.mean.shape), dtype=torch.float32, device=self.device)
         last = torch.tensor([given.last], device=self.device)
-        zhat = self.model(zq[None], t, observed, t, lung[None], last, noise=noise, initial=start)[0]
+        with autocast(self.device, "fp32" if spec.solver == "dopri5" else optim.precision):
+            start = self.model.initial_state(zq[None], t, observed, lung[None])
+            noise = None
+            if start.mean is not None:
+                noise = torch.as_tensor(rng.standard_normal(start.mean.shape), dtype=torch.float32, device=self.device)
+            zhat = self.model(zq[None], t, observed, t, lung[None], last, noise=noise, initial=start)[0]
         losses = trajectory_loss(zhat, zq, lung, given.exact, optim, time_weights(len(keep), optim.weight_rise))
         if start.mean is None:
             return losses

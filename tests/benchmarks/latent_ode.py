@@ -13,15 +13,19 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fourdvq.data.latents import LatentPatient
 from fourdvq.federation.aggregate import weighted_mean
 from fourdvq.models.latent_ode import LatentODE
-from fourdvq.plan import TemporalSpec
+from fourdvq.plan import ModelSpec, OdeTraining, Plan, TemporalSpec
+from fourdvq.training.latent_ode import OdeTrainer
+from fourdvq.training.precision import self_check
 from fourdvq.training.update import apply
 
 # Run as a script, Python sees this folder only; the helpers of the tests are one level up.
@@ -30,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from _common import clock, cpu_seconds, emit, figure, quartiles  # type: ignore[import-not-found]
 from _forecast_figures import rows as forecast_rows  # type: ignore[import-not-found]
 from _generation import generation_figures  # type: ignore[import-not-found]
+from _usual_ode import usual_step  # type: ignore[import-not-found]
 
 from temporal_cases import DIM, latent_cohort, ode_trainer, patients, randomise, small_ode
 
@@ -37,7 +42,7 @@ FORECASTS = Path(__file__).parent / "results" / "phantom_forecast.cells.json"  #
 PAPER_PATIENTS, PAPER_EPOCHS = 175, 100  # paper, section 2.4 and appendix A.2
 FULL_GRID = (24, 64, 64)
 DEMO_GRID = (8, 12, 12)
-HALF_YEARS = [k / 2 for k in range(13)]  # the published code's output times
+SCANS_HALF_YEARS = (0, 2, 4)  # of the published code's 13 times
 
 
 def main() -> None:
@@ -164,50 +169,54 @@ def federation() -> dict[str, Any]:
 
 
 def step_times(quick: bool) -> list[dict[str, Any]]:
-    """CPU seconds of a training step with three scans, our defaults against the published code's solver and times."""
+    """CPU seconds of the trainer's step with three scans, in both precisions, against the published code's step."""
     began = clock()
-    grid, spec = (DEMO_GRID, TemporalSpec(dynamics_width=16)) if quick else (FULL_GRID, TemporalSpec())
-    code_dim = 8 if quick else 16
-    ours = _step(spec, grid, code_dim, [0.0, 0.9, 2.1])
-    theirs_spec = replace(spec, solver="dopri5", projector="paper", anchor="paper", grid="halfyear")
-    theirs = _step(theirs_spec, grid, code_dim, HALF_YEARS, scans=[0.0, 1.0, 2.0])
-    # The released code's own f: five narrow convolutions.
-    narrow = _step(
-        replace(theirs_spec, dynamics_width=8, dynamics_layers=5), grid, code_dim, HALF_YEARS, scans=[0.0, 1.0, 2.0]
-    )
+    grid, code_dim, width = (DEMO_GRID, 8, 16) if quick else (FULL_GRID, 16, 64)
+    steps = {
+        "bf16": _our_step(grid, code_dim, width, "bf16"),
+        "fp32": _our_step(grid, code_dim, width, "fp32"),
+        "wide": usual_step(code_dim, grid, SCANS_HALF_YEARS, width=width, layers=3),
+        "narrow": usual_step(code_dim, grid, SCANS_HALF_YEARS, width=8, layers=5),  # the released code's own dynamics
+    }
     repeats = 7
-    runs = [tuple(cpu_seconds(step)[0] for step in (ours, theirs, narrow)) for _ in range(repeats + 1)][1:]
-    mine = quartiles([run[0] for run in runs])
+    runs = [{name: cpu_seconds(step)[0] for name, step in steps.items()} for _ in range(repeats + 1)][1:]
+    rounds = self_check("cpu").sound
     size = "x".join(map(str, grid))
-    per_epoch = mine[1] * PAPER_PATIENTS * PAPER_EPOCHS
-    hours = None if quick else per_epoch / 3600 / 16
-    rows = [
-        figure(
-            f"training step of one patient, 3 scans, latent {size}, one thread",
-            mine[1],
-            "CPU s",
-            n=repeats,
-            spread=(mine[0], mine[2]),
-            seconds=clock() - began,
-        )
-    ]
-    for place, name, target in (
-        (1, "our step over one with the published solver and 13 half-years, the same f", 0.5),
-        (2, "our step over one with the published solver, times and its own f (5 convolutions of 8)", None),
-    ):
-        ratio = quartiles([run[0] / run[place] for run in runs])
+    rows = []
+    for precision in ("bf16", "fp32"):
+        mine = quartiles([run[precision] for run in runs])
         rows.append(
             figure(
-                name,
+                f"training step of one patient, 3 scans, latent {size}, one thread, {precision}",
+                mine[1],
+                "CPU s",
+                n=repeats,
+                spread=(mine[0], mine[2]),
+                seconds=clock() - began,
+                note="" if rounds else "no bfloat16 arithmetic here: both are float32",
+            )
+        )
+    for precision, other, name, target in (
+        ("bf16", "wide", "over one with the published solver and times and our dynamics", 0.5),
+        ("fp32", "wide", "the same, float32", None),
+        ("bf16", "narrow", "over one with the published solver, times and dynamics (5 convolutions of 8)", None),
+    ):
+        ratio = quartiles([run[precision] / run[other] for run in runs])
+        rows.append(
+            figure(
+                f"our step {name}" if target or other == "narrow" else name,
                 ratio[1],
                 "ratio of CPU",
                 target=None if target is None else f"<= {target:g}",
                 holds=None if target is None or quick else ratio[2] <= target,
                 n=repeats,
                 spread=(ratio[0], ratio[2]),
-                note=f"latent {size}; ours to 2.1 years, theirs to 6",
+                note=f"latent {size}; ours to 2.1 years, theirs to 6; theirs takes "
+                f"{quartiles([run[other] for run in runs])[1]:.2f} CPU s in float32",
             )
         )
+    per_epoch = quartiles([run["bf16"] for run in runs])[1] * PAPER_PATIENTS * PAPER_EPOCHS
+    hours = None if quick else per_epoch / 3600 / 16
     return [
         *rows,
         figure(
@@ -225,26 +234,24 @@ def step_times(quick: bool) -> list[dict[str, Any]]:
     ]
 
 
-def _step(
-    spec: TemporalSpec, grid: tuple[int, int, int], code_dim: int, asked: list[float], scans: list[float] | None = None
-) -> Callable[[], None]:
-    """A closure that takes one optimiser step on one patient with three scans."""
-    model = LatentODE(spec, code_dim)
-    randomise(model, seed=0, scale=0.05)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    years = scans or asked
-    z = torch.randn(1, len(years), code_dim, *grid, generator=torch.Generator().manual_seed(0))
-    t, s = torch.tensor([years]), torch.tensor([asked])
-    observed = torch.ones(1, len(years), dtype=torch.bool)
-    if scans is None:
-        observed[0, -1] = False
-
-    def step() -> None:
-        optimiser.zero_grad()
-        model(z, t, observed, s)[:, -1].sub(z[:, -1]).square().mean().backward()
-        optimiser.step()
-
-    return step
+def _our_step(
+    grid: tuple[int, int, int], code_dim: int, width: int, precision: Literal["fp32", "bf16"]
+) -> Callable[[], object]:
+    """The trainer's own step on one patient with three scans, two of which are given."""
+    plan = Plan(
+        name="step",
+        profile_sha256="",
+        model=ModelSpec(size=(grid[0] * 4, grid[1] * 4, grid[2] * 4), code_dim=code_dim),
+        temporal=TemporalSpec(dynamics_width=width, velocity_input=True, lung_context=True),
+        ode=OdeTraining(lr=1e-6, precision=precision),
+    )
+    random = torch.Generator().manual_seed(0)
+    trainer = OdeTrainer(plan, torch.randn(plan.model.n_codes, code_dim, generator=random), seed=0)
+    randomise(trainer.model, seed=0, scale=0.05)
+    codes = torch.randint(plan.model.n_codes, (3, *grid), generator=random).to(torch.uint8)
+    years = torch.tensor([0.0, 0.9, 2.1], dtype=torch.float64)
+    patient = LatentPatient("p", codes, torch.ones(grid, dtype=torch.bool), years, "t")
+    return partial(trainer.train, [patient], steps=1)
 
 
 def _evaluations(solver: str) -> int:

@@ -14,12 +14,14 @@ from fourdvq.models.latent_ode import InitialState
 from fourdvq.plan import FederationSpec, OdeTraining, TemporalSpec
 from fourdvq.training.checkpoint import load_state, save_state
 from fourdvq.training.latent_ode import OdeTrainer, choose_given, time_weights, trajectory_loss
+from fourdvq.training.precision import self_check
 from fourdvq.training.update import global_norm
-from temporal_cases import CODES, DIM, GRID
+from temporal_cases import CODES, DIM, GRID, randomise, small_ode
 from temporal_cases import latent_cohort as cohort
 from temporal_cases import ode_codebook as codebook
 from temporal_cases import ode_plan as plan
 from temporal_cases import ode_trainer as trainer
+from temporal_cases import patients as given_patients
 
 
 def test_training_lowers_the_error_on_a_world_where_every_code_rises_by_one_a_year():
@@ -83,6 +85,36 @@ def test_every_row_of_the_ablation_table_trains(settings):
     done = ours.train(cohort(), steps=3)
     assert np.isfinite(done.losses["loss"])
     assert all(float(d.abs().max()) > 0 for d in done.delta.values())
+
+
+def gradient(precision: str, **temporal: object) -> torch.Tensor:
+    """Of the first draw's loss, all weights in one vector."""
+    ours = OdeTrainer(dataclasses.replace(plan(**temporal), ode=OdeTraining(precision=precision)), codebook(), seed=0)
+    randomise(ours.model, seed=3, scale=0.2)
+    ours.loss_of(cohort(1)[0], np.random.default_rng(0)).total.backward()
+    return torch.cat([p.grad.flatten() for p in ours.model.parameters() if p.grad is not None])
+
+
+def test_bfloat16_gives_the_gradient_of_float32_but_for_its_rounding():
+    exact, rounded = gradient("fp32"), gradient("bf16")
+    assert torch.nn.functional.cosine_similarity(exact, rounded, dim=0) > 0.999
+    assert float((rounded - exact).norm() / exact.norm()) < 0.05
+    # The negative control: where the machine has bfloat16, something was rounded.
+    assert self_check("cpu").sound is not torch.equal(exact, rounded)
+
+
+def test_a_solver_that_chooses_its_steps_is_float32_whatever_the_plan_says():
+    assert torch.equal(gradient("fp32", solver="dopri5"), gradient("bf16", solver="dopri5"))
+
+
+@pytest.mark.parametrize("initial_state", ["deterministic", "variational"])
+def test_states_are_summed_over_time_in_float32_under_autocast(initial_state):
+    model = small_ode(velocity_input=True, lung_context=True, initial_state=initial_state)
+    z, t, observed = given_patients(1, [0.0, 1.2])
+    with torch.autocast("cpu", torch.bfloat16):
+        start = model.initial_state(z, t, observed)
+        states = model.solve(start.drawn(), t[:, 0], t)
+    assert start.h.dtype is states.dtype is torch.float32
 
 
 def test_the_order_of_the_patients_is_irrelevant():
