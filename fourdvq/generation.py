@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fourdvq.data.datasets import latent_mask
 from fourdvq.errors import DataError, ModelError
-from fourdvq.models.latent_ode import SAME_TIME_YEARS, LatentODE, snap_times
+from fourdvq.models.latent_ode import SAME_TIME_YEARS, LatentODE, lung_mean, snap_times
 from fourdvq.models.vqgan import VQGAN3d, tokenizer_sha256
 from fourdvq.plan import GIVEN_FOR_EXTRAPOLATION, TemporalSpec
 from fourdvq.training.precision import autocast, self_check
@@ -181,6 +181,7 @@ class GivenLatents:
     years: tuple[float, ...]
     z: Tensor  # (T, c, d, h, w), on the codebook, not masked
     indices: Tensor  # (T, d, h, w) int64
+    means: Tensor  # (T, c): the encoder's output before quantisation, mean over the lung
     lung: Tensor  # (d, h, w) bool
     lung_voxels: Tensor  # (D, H, W) bool, on the CPU
 
@@ -201,13 +202,19 @@ def evaluating(model: WorldModel) -> Iterator[None]:
 
 def encode_given(model: WorldModel, scans: Tensor, years: Sequence[float], lung: Tensor | None) -> GivenLatents:
     """Encode and quantise scans (T, 1, D, H, W), one at a time."""
-    coded = [model.vqgan.quantise(model.vqgan.encode(scan[None].to(model.device) - 0.5)) for scan in scans]
     voxels = torch.ones(scans.shape[2:], dtype=torch.bool) if lung is None else lung.cpu().bool()
+    cells = latent_mask(voxels, model.vqgan.spec.compression).to(model.device)
+    coded, means = [], []
+    for scan in scans:
+        z = model.vqgan.encode(scan[None].to(model.device) - 0.5).float()
+        coded.append(model.vqgan.quantise(z))
+        means.append(lung_mean(z, cells[None]))
     return GivenLatents(
         years=tuple(years),
         z=torch.cat([one.z_q for one in coded]),
         indices=torch.cat([one.indices for one in coded]),
-        lung=latent_mask(voxels, model.vqgan.spec.compression).to(model.device),
+        means=torch.cat(means),
+        lung=cells,
         lung_voxels=voxels,
     )
 
@@ -222,7 +229,7 @@ def predict_codes(
     t = torch.tensor([given.years], dtype=torch.float32, device=given.z.device)
     s = torch.tensor([list(times)], dtype=torch.float32, device=given.z.device)
     seen = torch.ones_like(t, dtype=torch.bool)
-    zhat: Tensor = model.ode(given.z[None], t, seen, s, given.lung[None], noise=noise)
+    zhat: Tensor = model.ode(given.z[None], t, seen, s, given.lung[None], means=given.means[None], noise=noise)
     return zhat[0]
 
 

@@ -105,6 +105,7 @@ class OdeTraining:
     accumulate: int = 1  # patients per optimiser step
     lambda_recon: float = 1.0
     lambda_diff: float = 1.0
+    lambda_drift: float = 0.0  # of the change of the lung's mean, before quantisation; ours, not the paper's
     weight_rise: tuple[float, float] = (1.0, 2.0)  # time weights rise linearly over the observed order, then mean 1
     kl_weight: float = 1e-3  # of the patient's random part, used where temporal.initial_state is variational
     precision: Literal["fp32", "bf16"] = "bf16"  # of the convolutions in training with rk4; dopri5 is float32

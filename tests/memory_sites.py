@@ -209,6 +209,7 @@ class MemorySite:
                 indices=indices[2 * i : 2 * i + 2],
                 lung=lung,
                 years=np.array([0.0, 1.0]),
+                means=torch.zeros(2, codes.shape[1]),
                 tokenizer_sha256=tokenizer,
             )
             for i in range(self.n_scans // 2)

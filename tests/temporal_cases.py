@@ -60,6 +60,7 @@ def latent_cohort(n: int = 4, scans: int = 3, tokenizer: str = "t") -> list[Late
             torch.tensor(rng.integers(0, CODES, (scans, *GRID)), dtype=torch.uint8),
             lung,
             torch.tensor([0.0, 0.8, 2.1, 3.0][:scans], dtype=torch.float64),
+            torch.tensor(rng.standard_normal((scans, DIM)), dtype=torch.float32),
             tokenizer,
         )
         for i in range(n)

@@ -11,6 +11,7 @@ from fourdvq.data.datasets import PreparedPatient, latent_mask, load_lung, load_
 from fourdvq.data.files import write_atomic
 from fourdvq.data.latents import LatentPatient, load_latents, save_latents
 from fourdvq.errors import FourdvqError, ModelError
+from fourdvq.models.latent_ode import lung_mean
 from fourdvq.models.vqgan import VQGAN3d
 from fourdvq.plan import Plan
 
@@ -56,15 +57,19 @@ class LatentCache:
 def encode_patient(model: VQGAN3d, patient: PreparedPatient, plan: Plan, tokenizer: str) -> LatentPatient:
     """Codes of all scans of a patient, with the lung on the code grid and the times; `model` is in evaluation mode."""
     device = next(model.parameters()).device
-    indices = []
+    lung = latent_mask(load_lung(patient.scans[0]), plan.model.compression)
+    indices, means = [], []
     for scan in patient.scans:
         x = load_x01(scan, plan.window_hu)[None].to(device) - 0.5
-        indices.append(model.quantise(model.encode(x)).indices[0].cpu())
+        z = model.encode(x).float()
+        indices.append(model.quantise(z).indices[0].cpu())
+        means.append(lung_mean(z.cpu(), lung[None])[0])
     return LatentPatient(
         pseudonym=patient.pseudonym,
         indices=torch.stack(indices),
-        lung=latent_mask(load_lung(patient.scans[0]), plan.model.compression),
+        lung=lung,
         years=torch.tensor([s.years for s in patient.scans], dtype=torch.float64),
+        means=torch.stack(means),
         tokenizer_sha256=tokenizer,
     )
 

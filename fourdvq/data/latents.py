@@ -1,7 +1,9 @@
 """Cached codes of one patient: written once after the tokenizer is frozen, read by stage 2 and the survival analysis.
 
-`latents.safetensors` holds indices (T, d, h, w), the packed lung mask (d, h, w) and the times; its metadata hold the
-sha256 of the tokenizer. Codes of another tokenizer mean something else, so they are refused.
+`latents.safetensors` holds indices (T, d, h, w), the packed lung mask (d, h, w), the times, and of each scan the mean
+over the lung of what the encoder gave before it was put onto the codebook: c numbers that keep a slow change of the
+whole lung, most of which the codes round away. The metadata hold the sha256 of the tokenizer. Codes of another
+tokenizer mean something else, so they are refused.
 """
 
 from __future__ import annotations
@@ -23,12 +25,16 @@ FILE_NAME = "latents.safetensors"
 
 @dataclass(frozen=True)
 class LatentPatient:
-    """Codes of a patient's scans: indices (T, d, h, w) integer, lung (d, h, w) bool, years (T,) float64 from scan 1."""
+    """Codes of a patient's scans: indices (T, d, h, w) integer, lung (d, h, w) bool, years (T,) float64 from scan 1.
+
+    `means` (T, c) float32: the encoder's output before quantisation, mean over the lung.
+    """
 
     pseudonym: str
     indices: Tensor
     lung: Tensor
     years: Tensor
+    means: Tensor
     tokenizer_sha256: str
 
 
@@ -39,6 +45,7 @@ def save_latents(folder: Path, patient: LatentPatient) -> Path:
         "indices": patient.indices.to(small).contiguous(),
         "lung": torch.from_numpy(np.packbits(patient.lung.numpy().astype(bool))),
         "years": patient.years.to(torch.float64).contiguous(),
+        "means": patient.means.to(torch.float32).contiguous(),
     }
     metadata = {"pseudonym": patient.pseudonym, "tokenizer_sha256": patient.tokenizer_sha256}
     path = folder / FILE_NAME
@@ -58,7 +65,7 @@ def load_latents(folder: Path, *, tokenizer_sha256: str | None = None) -> Latent
     try:
         with safe_open(path, framework="pt") as stream:
             metadata = stream.metadata() or {}
-            tensors = {name: stream.get_tensor(name) for name in ("indices", "lung", "years")}
+            tensors = {name: stream.get_tensor(name) for name in ("indices", "lung", "years", "means")}
     except SafetensorError as error:
         raise ModelError("E_CHECKPOINT", where=str(path), found=str(error)[:100]) from None
     made_by = metadata.get("tokenizer_sha256", "")
@@ -67,4 +74,11 @@ def load_latents(folder: Path, *, tokenizer_sha256: str | None = None) -> Latent
     shape = tuple(tensors["indices"].shape[1:])
     bits = np.unpackbits(tensors["lung"].numpy(), count=int(np.prod(shape))).reshape(shape).astype(bool)
     lung = torch.from_numpy(bits)
-    return LatentPatient(metadata.get("pseudonym", ""), tensors["indices"], lung, tensors["years"], made_by)
+    return LatentPatient(
+        pseudonym=metadata.get("pseudonym", ""),
+        indices=tensors["indices"],
+        lung=lung,
+        years=tensors["years"],
+        means=tensors["means"],
+        tokenizer_sha256=made_by,
+    )

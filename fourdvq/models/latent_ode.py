@@ -138,6 +138,7 @@ class LatentODE(nn.Module):
         lung: Tensor | None = None,
         given_last: Tensor | None = None,
         *,
+        means: Tensor | None = None,
         noise: Tensor | None = None,
         initial: InitialState | None = None,
     ) -> Tensor:
@@ -145,8 +146,9 @@ class LatentODE(nn.Module):
 
         `lung` (B, d, h, w) bool: codes outside it are zero, going in and coming out. `given_last` (B,) is the index
         of the scan that `last_given` starts from (default: the last observed). Pad s by repeating its last time.
-        `noise` (B, hidden) draws one course of a variational model; `initial` is `initial_state`'s result for the same
-        scans, if it is at hand. Raises ModelError E_TIMES (see `check_times`), E_UNSUPPORTED for noise without use.
+        `means` are those of `initial_state`; `noise` (B, hidden) draws one course of a variational model; `initial` is
+        `initial_state`'s result for the same scans, if it is at hand. Raises ModelError E_TIMES (see `check_times`),
+        E_UNSUPPORTED for noise without use.
         """
         check_times(t, observed, s)
         if lung is not None:
@@ -156,7 +158,7 @@ class LatentODE(nn.Module):
         rows = torch.arange(z.shape[0], device=z.device)
         t_first = t[rows, first]
         t_last = t[rows, last] if self.spec.anchor == "last_given" else t_first
-        start = self.initial_state(z, t, observed, lung) if initial is None else initial
+        start = self.initial_state(z, t, observed, lung, means) if initial is None else initial
         h_first = start.drawn(noise)
         from_last = (s >= t_last[:, None] - SAME_TIME_YEARS) & (self.spec.anchor == "last_given")
         t_anchor = torch.where(from_last, t_last[:, None], t_first[:, None])
@@ -175,17 +177,23 @@ class LatentODE(nn.Module):
             zhat = anchor + change
         return zhat if lung is None else zhat * lung[:, None, None].to(z.dtype)
 
-    def initial_state(self, z: Tensor, t: Tensor, observed: Tensor, lung: Tensor | None = None) -> InitialState:
+    def initial_state(
+        self, z: Tensor, t: Tensor, observed: Tensor, lung: Tensor | None = None, means: Tensor | None = None
+    ) -> InitialState:
         """The state at the first scan from codes z (B, T, c, d, h, w), and how sure the scans make it.
 
-        Context and random part are read from the mean state over `lung` (B, d, h, w), None: over everything.
+        Context and random part are read from the mean state over `lung` (B, d, h, w), None: over everything. The
+        context also sees how fast the lung's mean changed, from `means` (B, T, c): the encoder's output before
+        quantisation, which keeps changes that the codes round away. Without them, from the codes.
         """
         if lung is not None:
             z = z * lung[:, None, None].to(z.dtype)
         h = self.encoder(z, t, observed).to(z.dtype)  # autocast must not leave 16-bit states to be summed
-        pooled = _lung_mean(h, lung)
+        pooled = lung_mean(h, lung)
         if self.context is not None:
-            rate = _lung_mean(_rate_of_change(z, t, observed), lung)
+            if means is None:
+                means = torch.stack([lung_mean(x, lung) for x in z.unbind(1)], dim=1)
+            rate = _rate_of_change(means, t, observed)
             h = h + self.context(torch.cat([pooled, rate], dim=1)).to(h.dtype)[:, :, None, None, None]
         if self.posterior is None:
             return InitialState(h)
@@ -297,7 +305,7 @@ def snap_times(years: Sequence[float], grid: str) -> list[float]:
     return [float(y) if grid == "exact" else round(float(y) * 2) / 2 for y in years]
 
 
-def _lung_mean(x: Tensor, lung: Tensor | None) -> Tensor:
+def lung_mean(x: Tensor, lung: Tensor | None) -> Tensor:
     """Mean of x (B, n, d, h, w) over `lung` (B, d, h, w), None: over everything; (B, n)."""
     if lung is None:
         return x.mean(dim=(2, 3, 4))
@@ -305,11 +313,11 @@ def _lung_mean(x: Tensor, lung: Tensor | None) -> Tensor:
     return (x * weight).sum(dim=(2, 3, 4)) / weight.sum(dim=(2, 3, 4)).clamp(min=1)
 
 
-def _rate_of_change(z: Tensor, t: Tensor, observed: Tensor) -> Tensor:
-    """Change of the codes per year from the first observed scan to the last, (B, c, d, h, w); zero if they are one."""
-    rows, first, last = torch.arange(len(z), device=z.device), observed.int().argmax(dim=1), _last_observed(observed)
-    years = (t[rows, last] - t[rows, first]).clamp(min=SHORTEST_GAP_YEARS).to(z.dtype)
-    return (z[rows, last] - z[rows, first]) / years[:, None, None, None, None]
+def _rate_of_change(means: Tensor, t: Tensor, observed: Tensor) -> Tensor:
+    """Change per year of means (B, T, c) from the first observed scan to the last, (B, c); zero if they are one."""
+    rows, first, last = torch.arange(len(t), device=t.device), observed.int().argmax(dim=1), _last_observed(observed)
+    years = (t[rows, last] - t[rows, first]).clamp(min=SHORTEST_GAP_YEARS).to(means.dtype)
+    return (means[rows, last] - means[rows, first]) / years[:, None]
 
 
 def _last_observed(observed: Tensor) -> Tensor:

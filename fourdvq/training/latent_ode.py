@@ -57,6 +57,7 @@ class OdeLosses:
     total: Tensor
     recon: Tensor
     diff: Tensor
+    drift: Tensor | None = None  # of the lung's mean
     kl: Tensor | None = None  # nats, of a variational model
 
 
@@ -90,13 +91,20 @@ def time_weights(n_scans: int, rise: tuple[float, float]) -> np.ndarray:
 
 
 def trajectory_loss(
-    zhat: Tensor, zq: Tensor, lung: Tensor, exact: np.ndarray, optim: OdeTraining, weights: np.ndarray
+    zhat: Tensor,
+    zq: Tensor,
+    lung: Tensor,
+    exact: np.ndarray,
+    optim: OdeTraining,
+    weights: np.ndarray,
+    means: Tensor | None = None,
 ) -> OdeLosses:
     """Loss of one patient inside the lung: predicted and true codes (T, c, d, h, w), lung (d, h, w) bool.
 
     recon = mean over free scans i of w_i mean |zhat_i - zq_i|^2; diff = the same for the changes between neighbouring
-    scans; scans (pairs) whose `exact` flags leave nothing to learn are not counted. Raises DataError E_MASK if no
-    latent lies in the lung.
+    scans; drift = the same for the changes of the lung's mean, the true ones from `means` (T, c), the encoder's output
+    before quantisation (without it, or with weight 0, there is none). Scans (pairs) whose `exact` flags leave nothing
+    to learn are not counted. Raises DataError E_MASK if no latent lies in the lung.
     """
     if not bool(lung.any()):
         raise DataError("E_MASK", where="latent lung mask", found="empty")
@@ -106,7 +114,12 @@ def trajectory_loss(
     moving = torch.as_tensor(~(exact[1:] & exact[:-1]), device=error.device)
     recon = (w * error.square().mean(dim=(1, 2)))[free].mean()
     diff = (w[1:] * (error[1:] - error[:-1]).square().mean(dim=(1, 2)))[moving].mean()
-    return OdeLosses(optim.lambda_recon * recon + optim.lambda_diff * diff, recon, diff)
+    total = optim.lambda_recon * recon + optim.lambda_diff * diff
+    if means is None or not optim.lambda_drift:
+        return OdeLosses(total, recon, diff)
+    moved = zhat[:, :, lung].mean(dim=2).diff(dim=0) - means.diff(dim=0)
+    drift = (w[1:] * moved.square().mean(dim=1))[moving].mean()
+    return OdeLosses(total + optim.lambda_drift * drift, recon, diff, drift)
 
 
 def initial_ode(plan: Plan) -> LatentODE:
@@ -182,7 +195,8 @@ class OdeTrainer:
             used.add(patient.pseudonym)
             losses = self.loss_of(patient, rng)
             (losses.total / n).backward()
-            parts = {"loss": losses.total, "recon": losses.recon, "diff": losses.diff, "kl": losses.kl}
+            parts = {"loss": losses.total, "recon": losses.recon, "diff": losses.diff, "drift": losses.drift}
+            parts["kl"] = losses.kl
             for name, value in parts.items():
                 if value is not None:
                     sums[name] = sums.get(name, 0.0) + float(value.detach()) / n
@@ -211,16 +225,18 @@ class OdeTrainer:
         years = snap_times([float(patient.years[i]) for i in keep], spec.grid)
         given = choose_given(len(keep), spec, rng)
         zq, lung = embed(patient, self.codebook, keep)
+        means = patient.means[keep].to(self.device, torch.float32)
         t = torch.tensor([years], dtype=torch.float32, device=self.device)
         observed = torch.as_tensor(given.observed, device=self.device)[None]
         last = torch.tensor([given.last], device=self.device)
         with autocast(self.device, "fp32" if spec.solver == "dopri5" else optim.precision):
-            start = self.model.initial_state(zq[None], t, observed, lung[None])
+            start = self.model.initial_state(zq[None], t, observed, lung[None], means[None])
             noise = None
             if start.mean is not None:
                 noise = torch.as_tensor(rng.standard_normal(start.mean.shape), dtype=torch.float32, device=self.device)
             zhat = self.model(zq[None], t, observed, t, lung[None], last, noise=noise, initial=start)[0]
-        losses = trajectory_loss(zhat, zq, lung, given.exact, optim, time_weights(len(keep), optim.weight_rise))
+        weights = time_weights(len(keep), optim.weight_rise)
+        losses = trajectory_loss(zhat, zq, lung, given.exact, optim, weights, means)
         if start.mean is None:
             return losses
         kl = start.kl().mean()

@@ -66,6 +66,7 @@ _VARIED: Mapping[int, tuple[str, ...]] = {
     1: (
         "temporal.encoder", "temporal.skip", "temporal.projector", "temporal.anchor", "temporal.grid",
         "temporal.solver", "temporal.mask_prob", "temporal.velocity_input", "temporal.lung_context",
+        "ode.lambda_drift",
     ),
     3: ("model.n_codes", "model.compression", "vqgan.lr"),
 }  # fmt: skip

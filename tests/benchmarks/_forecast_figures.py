@@ -22,7 +22,13 @@ def rows(done: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not done:
         return [figure("forecasts on phantoms", None, "", note=f"an experiment of an hour: {COMMAND}")]
     seeds = [done[name] for name in sorted(done)]
-    return [*_image_figures(seeds), *_change_figures(seeds), *_interval_figures(seeds), _federated_figure(seeds)]
+    return [
+        *_image_figures(seeds),
+        *_change_figures(seeds),
+        *_variant_figures(seeds),
+        *_interval_figures(seeds),
+        _federated_figure(seeds),
+    ]
 
 
 def _image_figures(seeds: Sequence[Any]) -> list[dict[str, Any]]:
@@ -127,6 +133,31 @@ def _change_figures(seeds: Sequence[Any]) -> list[dict[str, Any]]:
             note="one year after the last given scan; spread: 95 % bootstrap over patients",
         ),
     ]
+
+
+def _variant_figures(seeds: Sequence[Any]) -> list[dict[str, Any]]:
+    """What the model loses or gains with one part changed: correlation of the change, and skill at an unseen time."""
+    found = []
+    for label in seeds[0]["variants"]:
+        changes = [s["variants"][label] for s in seeds]
+        by_seed = [_correlation(c["predicted"], c["true"]) for c in changes]
+        oracle = [_correlation(c["oracle"], c["true"]) for c in changes]
+        skill, own = (
+            statistics.fmean(v for c in each for v in c["unseen_skill"])
+            for each in (changes, [s["change"] for s in seeds])
+        )
+        shares = [ours / best for ours, best in zip(by_seed, oracle, strict=True)]
+        found.append(
+            figure(
+                f"{label}: correlation of predicted and true change, as a share of the oracle's",
+                round(statistics.fmean(shares), 4),
+                "share, mean of seeds",
+                n=len(shares),
+                spread=(round(min(shares), 4), round(max(shares), 4)),
+                note=f"skill against the unseen true scan {skill:.4f}, the whole model's {own:.4f}",
+            )
+        )
+    return found
 
 
 def _interval_figures(seeds: Sequence[Any]) -> list[dict[str, Any]]:

@@ -250,7 +250,7 @@ def _our_step(
     randomise(trainer.model, seed=0, scale=0.05)
     codes = torch.randint(plan.model.n_codes, (3, *grid), generator=random).to(torch.uint8)
     years = torch.tensor([0.0, 0.9, 2.1], dtype=torch.float64)
-    patient = LatentPatient("p", codes, torch.ones(grid, dtype=torch.bool), years, "t")
+    patient = LatentPatient("p", codes, torch.ones(grid, dtype=torch.bool), years, torch.zeros(3, code_dim), "t")
     return partial(trainer.train, [patient], steps=1)
 
 

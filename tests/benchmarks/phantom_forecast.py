@@ -4,11 +4,12 @@
 
 Two sites, 160 training and 40 test patients, for each of three seeds; stage 1 and stage 2 are trained over the sites by
 the library's own arithmetic, bfloat16 both ways. The first two scans are given; the third is the target of the image
-rows, the true severity one year after the second that of the rows about change. Severity is read from codes with
-what the training patients' real scans teach: a level by ridge regression, and a change by calibration, which says how
-much the mean code moves for each unit of severity and so gives a change of the right size whatever the noise of a scan.
-The oracle draws a straight line through the true severities of the two given scans. Further patients, two scans each,
-calibrate the intervals and test them.
+rows, the true severity one year after the second that of the rows about change. Severity is read from the lung's mean
+latent vector, the encoder's output of a real scan and the codes of a predicted one, with what the training patients'
+real scans teach: a level by ridge regression, and a change by calibration, which says how much the mean moves for each
+unit of severity and so gives a change of the right size whatever the noise of a scan. The oracle draws a straight line
+through the true severities of the two given scans. Variants of the model, one part changed in each, say what the parts
+are worth. Further patients, two scans each, calibrate the intervals and test them.
 
 A finished seed is one cell in FOLDER/cells.json: a run that was stopped goes on after it. A seed takes about 16 CPU
 minutes on one core, two of them for drawing the patients.
@@ -45,7 +46,7 @@ from fourdvq.evaluation.rows import population_rate
 from fourdvq.evaluation.trajectory import LongitudinalPatient, score_patient
 from fourdvq.federation.aggregate import weighted_mean
 from fourdvq.generation import GivenLatents, WorldModel, encode_given, evaluating, predict_codes, residual_volumes
-from fourdvq.models.latent_ode import LatentODE
+from fourdvq.models.latent_ode import LatentODE, lung_mean
 from fourdvq.models.vqgan import VQGAN3d, tokenizer_sha256
 from fourdvq.plan import FederationSpec, GanSpec, ModelSpec, OdeTraining, Plan, TemporalSpec, VqganTraining
 from fourdvq.training.latent_ode import OdeTrainer, initial_ode
@@ -90,7 +91,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Readout:
-    """Severity from the mean code vector over the lung: of one scan (c + 1,), and of a change between two (c,)."""
+    """Severity from the encoder's mean output over the lung: of one scan (c + 1,), and of a change between two (c,)."""
 
     level: np.ndarray
     change: np.ndarray
@@ -149,6 +150,10 @@ def one_seed(folder: Path, size: Size, seed: int) -> dict[str, Any]:
     )
     random_ode = federated_ode(random_plan, vqgan, coded)
     note(seed, "variational model trained")
+    others = {
+        label: WorldModel(vqgan, federated_ode(other, vqgan, coded), name) for label, other in variants(plan).items()
+    }
+    note(seed, "variants trained")
     worlds = {"federated": WorldModel(vqgan, ode, name), "pooled": WorldModel(vqgan, pooled, name)}
     read = readout(vqgan, [p for site in sites for p in site.train])
     tested = [p for site in sites for p in site.test]
@@ -156,6 +161,7 @@ def one_seed(folder: Path, size: Size, seed: int) -> dict[str, Any]:
         "patients": {"train": len(union), "test": len(tested)},
         "images": image_rows(worlds["federated"], tested, plan, population_rate(union, vqgan.codebook.codes)),
         "change": change_rows(worlds["federated"], tested, read),
+        "variants": {label: change_rows(world, tested, read) for label, world in others.items()},
         "latent_mse": {kind: latent_mse(world, tested) for kind, world in worlds.items()},
         "intervals": interval_rows(worlds["federated"], WorldModel(vqgan, random_ode, name), sites, read, seed),
     }
@@ -170,8 +176,8 @@ def plan_of(size: Size, seed: int) -> Plan:
         model=ModelSpec(size=size.volume, base_width=8, n_codes=256, code_dim=8, decoder="half"),
         gan=GanSpec(loss="none"),
         vqgan=VqganTraining(accumulate=1, lr=1e-3, precision="fp32"),
-        temporal=TemporalSpec(hidden=8, dynamics_width=16, max_step_years=1.0, velocity_input=True, lung_context=True),
-        ode=OdeTraining(lr=2e-3),
+        temporal=TemporalSpec(hidden=8, dynamics_width=16, max_step_years=1.0, lung_context=True),
+        ode=OdeTraining(lr=2e-3, lambda_drift=100.0, precision="fp32"),
         federation=FederationSpec(
             rounds=size.rounds,
             local_steps=size.steps,
@@ -179,6 +185,16 @@ def plan_of(size: Size, seed: int) -> Plan:
             ode_local_steps=size.ode_steps,
         ),
     )
+
+
+def variants(plan: Plan) -> dict[str, Plan]:
+    """The model with one thing changed: what each of its parts is worth."""
+    return {
+        "without the lung's mean in the loss": replace(plan, ode=replace(plan.ode, lambda_drift=0.0)),
+        "without lung context": replace(plan, temporal=replace(plan.temporal, lung_context=False)),
+        "with the codes' velocity as input": replace(plan, temporal=replace(plan.temporal, velocity_input=True)),
+        "trained in bfloat16": replace(plan, ode=replace(plan.ode, precision="bf16")),
+    }
 
 
 def federated_vqgan(plan: Plan, sites: Sequence[Site]) -> VQGAN3d:
@@ -217,14 +233,16 @@ def pooled_ode(plan: Plan, vqgan: VQGAN3d, patients: Sequence[LatentPatient]) ->
 @torch.no_grad()
 def code(vqgan: VQGAN3d, patient: Patient, tokenizer: str) -> LatentPatient:
     """A patient as stage 2 reads it."""
-    indices = torch.cat([vqgan.quantise(vqgan.encode(x[None, None] - 0.5)).indices for x in patient.scans])
+    years = torch.tensor(patient.years, dtype=torch.float64)
+    z = torch.cat([vqgan.encode(x[None, None] - 0.5) for x in patient.scans])
     lung = latent_mask(patient.lung, vqgan.spec.compression)
-    return LatentPatient(patient.name, indices, lung, torch.tensor(patient.years, dtype=torch.float64), tokenizer)
+    means = lung_mean(z, lung.expand(len(z), *lung.shape))
+    return LatentPatient(patient.name, vqgan.quantise(z).indices, lung, years, means, tokenizer)
 
 
 @torch.inference_mode()
 def readout(vqgan: VQGAN3d, patients: Sequence[Patient]) -> Readout:
-    """Fit severity to the mean codes of the training patients' real scans."""
+    """Fit severity to what the encoder makes of the training patients' real scans."""
     means = [[_lung_mean(vqgan, p, x) for x in p.scans] for p in patients]
     x = np.array([m for series in means for m in series])
     y = np.concatenate([p.ill for p in patients])
@@ -321,9 +339,8 @@ def _sample_rank(world: WorldModel, p: Patient, read: Readout, generator: torch.
 
 
 def _severity(given: GivenLatents, zhat: Tensor, read: Readout) -> float:
-    last = given.z[-1][:, given.lung].double().mean(dim=1).numpy()
-    then = zhat[:, given.lung].double().mean(dim=1).numpy()
-    return read.level_of(last) + float((then - last) @ read.change)
+    moved = (zhat - given.z[-1])[:, given.lung].double().mean(dim=1).numpy()
+    return read.level_of(given.means[-1].double().numpy()) + float(moved @ read.change)
 
 
 def _given(world: WorldModel, p: Patient) -> GivenLatents:
@@ -335,7 +352,7 @@ def _scan(p: Patient, i: int) -> Tensor:
 
 
 def _lung_mean(vqgan: VQGAN3d, p: Patient, scan: Tensor) -> np.ndarray:
-    z = vqgan.quantise(vqgan.encode(scan[None, None] - 0.5)).z_q[0]
+    z = vqgan.encode(scan[None, None] - 0.5)[0]
     mean: np.ndarray = z[:, latent_mask(p.lung, vqgan.spec.compression)].double().mean(dim=1).numpy()
     return mean
 

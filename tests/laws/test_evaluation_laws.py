@@ -240,8 +240,12 @@ def test_the_populations_rate_is_the_mean_over_patients_of_the_change_of_the_mea
     def codes(*cells):
         return torch.tensor([[[[a, b], [2, 2]]] for a, b in cells], dtype=torch.uint8)
 
-    first = LatentPatient("a", codes((0, 0), (1, 0)), lung, torch.tensor([0.0, 2.0], dtype=torch.float64), "t")
-    second = LatentPatient("b", codes((0, 0), (2, 2)), lung, torch.tensor([0.0, 1.0], dtype=torch.float64), "t")
-    alone = LatentPatient("c", codes((0, 0)), lung, torch.tensor([0.0], dtype=torch.float64), "t")
+    def patient(name, years, *cells):
+        times = torch.tensor(years, dtype=torch.float64)
+        return LatentPatient(name, codes(*cells), lung, times, torch.zeros(len(years), 2), "t")
+
+    first = patient("a", [0.0, 2.0], (0, 0), (1, 0))
+    second = patient("b", [0.0, 1.0], (0, 0), (2, 2))
+    alone = patient("c", [0.0], (0, 0))
     torch.testing.assert_close(population_rate([first, second, alone], book), torch.tensor([0.125, 2.0]))
     assert population_rate([alone], book) is None

@@ -119,7 +119,8 @@ def test_over_synthetic_hospitals_rows_differ_in_what_the_paper_varies_and_in_th
 def test_over_synthetic_hospitals_table_1_is_the_papers_latent_ode_at_the_demos_size():
     plan = experiments(1)["table1_proposed"].plan
     assert (plan.temporal.projector, plan.temporal.anchor, plan.temporal.solver) == ("paper", "paper", "dopri5")
-    assert not plan.temporal.velocity_input
+    assert not plan.temporal.lung_context
+    assert plan.ode.lambda_drift == 0.0
     small = compose(FAST).plan
     assert (plan.temporal.hidden, plan.model.size) == (small.temporal.hidden, small.model.size)
 

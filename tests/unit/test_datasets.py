@@ -196,18 +196,19 @@ def test_latents_come_back_as_they_were_saved(tmp_path, codes, dtype):
     indices[0, 0, 0, 0] = codes - 1
     lung = torch.rand(5, 6, 7, generator=generator) > 0.5
     years = torch.tensor([0.0, 0.7, 2.125], dtype=torch.float64)
-    save_latents(tmp_path, LatentPatient(P, indices, lung, years, "t" * 64))
+    save_latents(tmp_path, LatentPatient(P, indices, lung, years, torch.arange(6.0).view(3, 2), "t" * 64))
     back = load_latents(tmp_path, tokenizer_sha256="t" * 64)
     assert back.indices.dtype == dtype
     assert torch.equal(back.indices.long(), indices)
     assert torch.equal(back.lung, lung)
     assert torch.equal(back.years, years)
+    assert torch.equal(back.means, torch.arange(6.0).view(3, 2))
     assert back.pseudonym == P
 
 
 def test_codes_of_another_tokenizer_and_damaged_files_are_refused(tmp_path):
     one = torch.zeros(1, 2, 2, 2, dtype=torch.int64)
-    path = save_latents(tmp_path, LatentPatient(P, one, one[0] == 0, torch.zeros(1), "t" * 64))
+    path = save_latents(tmp_path, LatentPatient(P, one, one[0] == 0, torch.zeros(1), torch.zeros(1, 3), "t" * 64))
     with pytest.raises(ModelError, match="E_TOKENIZER"):
         load_latents(tmp_path, tokenizer_sha256="u" * 64)
     path.write_bytes(path.read_bytes()[:40])

@@ -32,7 +32,7 @@ def test_training_lowers_the_error_on_a_world_where_every_code_rises_by_one_a_ye
     indices = torch.stack([start + k for k in range(4)]).to(torch.uint8)
     settings = dataclasses.replace(plan(), ode=OdeTraining(lr=1e-2))
     ours = OdeTrainer(settings, book, seed=0)
-    patients = [LatentPatient("p", indices, lung, years, "t")]
+    patients = [LatentPatient("p", indices, lung, years, torch.zeros(4, DIM), "t")]
     untrained = ours.train(patients, steps=1).losses["recon"]
     ours.train(patients, steps=60)
     assert ours.train(patients, steps=5).losses["recon"] < 0.05 * untrained
@@ -85,6 +85,52 @@ def test_every_row_of_the_ablation_table_trains(settings):
     done = ours.train(cohort(), steps=3)
     assert np.isfinite(done.losses["loss"])
     assert all(float(d.abs().max()) > 0 for d in done.delta.values())
+
+
+def drifting_patients(rates: list[float]) -> list[LatentPatient]:
+    """Patients whose codes stay as they are while the mean before quantisation rises by a patient's own rate."""
+    years = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+    frozen = torch.zeros(3, *GRID, dtype=torch.uint8)
+    lung = torch.ones(GRID, dtype=torch.bool)
+    return [
+        LatentPatient(f"p{i}", frozen, lung, years, (rate * years[:, None]).float().expand(3, DIM), "t")
+        for i, rate in enumerate(rates)
+    ]
+
+
+def forecast_drift(lambda_drift: float) -> np.ndarray:
+    """Predicted change of the lung's mean in the year after two scans, a row for each of eight trained patients."""
+    settings = dataclasses.replace(
+        plan(lung_context=True), ode=OdeTraining(lr=1e-2, lambda_drift=lambda_drift, precision="fp32")
+    )
+    ours, patients = OdeTrainer(settings, codebook(), seed=0), drifting_patients([-0.4 + 0.1 * i for i in range(8)])
+    ours.train(patients, steps=120)
+    z = codebook()[0][None, None, :, None, None, None].expand(1, 3, DIM, *GRID)
+    t, seen = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[True, True, False]])
+    found = [ours.model(z, t, seen, t[:, 2:], means=p.means[None]).mean(dim=(3, 4, 5))[0, 0] for p in patients]
+    return (torch.stack(found) - codebook()[0]).detach().numpy()
+
+
+def test_a_slow_change_that_the_codes_round_away_is_forecast_from_the_lungs_means():
+    rates = np.array([-0.4 + 0.1 * i for i in range(8)])
+    predicted = forecast_drift(100.0).mean(axis=1)
+    assert np.corrcoef(predicted, rates)[0, 1] > 0.95
+    assert 0.8 < np.polyfit(rates, predicted, 1)[0] < 1.2
+    # The negative control: the codes alone, which never move, teach that nothing happens.
+    assert np.abs(forecast_drift(0.0)).max() < 0.05
+
+
+def test_the_drift_term_is_the_weighted_square_of_what_the_mean_moved_too_far():
+    zq = torch.zeros(3, 1, 1, 1, 2)
+    zhat = torch.tensor([[0.0, 0.0], [1.0, 3.0], [2.0, 6.0]]).view(3, 1, 1, 1, 2)  # means 0, 2, 4
+    means = torch.tensor([[0.0], [1.5], [4.5]])  # moves 1.5, 3.0
+    lung, exact = torch.ones(1, 1, 2, dtype=torch.bool), np.array([True, False, False])
+    weights = np.array([1.0, 1.0, 2.0])
+    found = trajectory_loss(zhat, zq, lung, exact, OdeTraining(lambda_drift=3.0), weights, means)
+    assert found.drift is not None
+    assert float(found.drift) == pytest.approx((1.0 * 0.5**2 + 2.0 * 1.0**2) / 2)
+    assert float(found.total) == pytest.approx(float(found.recon + found.diff + 3 * found.drift))
+    assert trajectory_loss(zhat, zq, lung, exact, OdeTraining(), weights, means).drift is None
 
 
 def gradient(precision: str, **temporal: object) -> torch.Tensor:
