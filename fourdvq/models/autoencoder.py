@@ -21,7 +21,6 @@ from fourdvq.models.blocks import (
     levels_of,
     voxel_shuffle,
 )
-from fourdvq.models.conv3d import fastest_forward
 
 Variant = Literal["tats", "thin", "half"]
 
@@ -41,14 +40,6 @@ class Encoder3d(nn.Sequential):
         layers.append(NormSiLU(base_width * 2**levels, norm=norm))
         super().__init__(*layers)
         self.width = base_width * 2**levels
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, 1, D, H, W) -> (B, width, d, h, w)."""
-        first, *others = self
-        x: Tensor = fastest_forward(first(input))
-        for layer in others:
-            x = layer(x)
-        return x
 
 
 class Decoder3d(nn.Module):

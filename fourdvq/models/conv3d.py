@@ -34,11 +34,24 @@ def channels_last_on_cpu(x: Tensor) -> Tensor:
 
 
 def fastest_forward(x: Tensor) -> Tensor:
-    """`channels_last_on_cpu` where no gradient is wanted; with gradients x stays as its trainer laid it out.
-
-    Not for a volume of one channel: its layouts are the same bytes, and torch takes it as contiguous.
-    """
+    """`channels_last_on_cpu` where no gradient is wanted; with gradients x stays as its trainer laid it out."""
     return x if torch.is_grad_enabled() else channels_last_on_cpu(x)
+
+
+def conv_of_one_channel(x: Tensor, conv: nn.Conv3d) -> Tensor:
+    """conv(x) of (B, 1, D, H, W), with channels last where that is the faster way to go on.
+
+    A volume of one channel has the same bytes in either layout; torch takes it as contiguous and so makes its output. A
+    second channel of zeros settles it, and costs less than to lay out the many channels anew (0.5 against 1.3 s at
+    96x256x256).
+    """
+    if torch.is_grad_enabled() or x.device.type != "cpu":
+        return conv(x)
+    if _takes_slow_path(x):
+        return channels_last_on_cpu(conv(x))
+    two = channels_last_on_cpu(F.pad(x, (0, 0, 0, 0, 0, 0, 0, 1)))
+    filters = channels_last_on_cpu(F.pad(conv.weight, (0, 0, 0, 0, 0, 0, 0, 1)))
+    return F.conv3d(two, filters, conv.bias, conv.stride, conv.padding)
 
 
 def _takes_slow_path(x: Tensor) -> bool:

@@ -43,8 +43,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def keep_freed_memory() -> bool:
     """Let this process keep what it frees, so that the next step need not ask the kernel for the same pages again.
 
-    For a process that does nothing but train: on a CPU page faults are 3 to 8 % of a step (measured at 16x64x64). Only
-    glibc has the setting; returns whether it was made.
+    For a process that does nothing but train or generate: on a CPU page faults are 3 to 8 % of a training step
+    (measured at 16x64x64). Only glibc has the setting; returns whether it was made.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

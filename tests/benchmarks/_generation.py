@@ -77,11 +77,13 @@ def _child(decoder: str, precision: str) -> None:
     from fourdvq.models.latent_ode import LatentODE
     from fourdvq.models.vqgan import VQGAN3d
     from fourdvq.plan import ModelSpec, TemporalSpec
+    from fourdvq.training.memory import keep_freed_memory
 
+    keep_freed_memory()  # as the command does
     torch.set_num_threads(1)
     torch.manual_seed(0)
     spec = ModelSpec(size=SIZE, decoder="half" if decoder == "half" else "tats")
-    ode = LatentODE(TemporalSpec(velocity_input=True, lung_context=True), spec.code_dim)
+    ode = LatentODE(TemporalSpec(lung_context=True), spec.code_dim)
     for parameter in ode.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     world = replace(

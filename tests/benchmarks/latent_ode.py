@@ -242,7 +242,7 @@ def _our_step(
         name="step",
         profile_sha256="",
         model=ModelSpec(size=(grid[0] * 4, grid[1] * 4, grid[2] * 4), code_dim=code_dim),
-        temporal=TemporalSpec(dynamics_width=width, velocity_input=True, lung_context=True),
+        temporal=TemporalSpec(dynamics_width=width, lung_context=True),
         ode=OdeTraining(lr=1e-6, precision=precision),
     )
     random = torch.Generator().manual_seed(0)

@@ -51,6 +51,20 @@ def test_small_volumes_give_the_same_convolution_and_gradient_as_torch(depth):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "size", [(6, 9, 8), (160, 130, 8)], ids=["small", "large"]
+)  # either side of torch's own switch
+@pytest.mark.parametrize("padding", ["zeros", "replicate"])
+def test_without_gradients_a_volume_of_one_channel_gives_the_same_convolution_with_channels_last(size, padding):
+    conv = Conv3dSame(1, 4, padding=padding)
+    x = random(1, 1, *size)
+    with torch.no_grad():
+        ours = conv(x)
+    torch.testing.assert_close(ours, conv(x), rtol=1e-5, atol=1e-6)
+    assert ours.is_contiguous(memory_format=torch.channels_last_3d)
+    assert conv(x).is_contiguous()
+
+
 @pytest.mark.parametrize(("channels", "groups"), [(4, 2), (8, 4), (24, 12), (64, 32), (80, 20), (128, 32)])
 def test_group_number_divides_the_channels(channels, groups):
     assert norm3d("group", channels).num_groups == groups

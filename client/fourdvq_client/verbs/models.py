@@ -86,6 +86,7 @@ def generate(
 ) -> Result:
     """Generate scans of a patient at other times, labelled synthetic: NIfTI, a figure, a moving picture, a manifest."""
     from fourdvq.errors import ConfigError
+    from fourdvq.training.memory import keep_freed_memory
     from fourdvq_client.generated_files import How
     from fourdvq_client.site_generation import Asked, generate_for, parse_times
 
@@ -104,6 +105,7 @@ def generate(
         beyond_horizon=beyond_horizon,
         dicom=dicom,
     )
+    keep_freed_memory()
     made = generate_for(workspace, config, patient=patient, asked=asked, version=model, how=how)
     lines = [f"patient {made.pseudonym}, model {made.model}: {len(made.times)} synthetic scans"]
     lines += [f"  {time:g} years  {path}" for time, path in zip(made.times, made.volumes, strict=True)]
