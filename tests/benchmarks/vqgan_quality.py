@@ -4,10 +4,11 @@
 
 Four models from one seed on the same scans in the same order: the published layers with group or batch normalisation,
 and the thin and half decoders. Without discriminators: they begin after half of the schedule and pull every model away
-from the smallest error. Adam's moments are (0.9, 0.99): with the (0.5, 0.9) that suit discriminators, steps of 1e-3 jump
-around, and a model's last step decides by several dB (17.3 to 25.3 dB were seen). Scores are in evaluation mode, where batch normalisation uses its running statistics, and for
-it also with the statistics of the scan itself, which tells how much of a difference is theirs. Finished models are
-cells in FOLDER/cells.json: a run that was stopped goes on. About 50 CPU minutes on one core.
+from the smallest error. Adam's moments are (0.9, 0.99): with the (0.5, 0.9) that suit discriminators, steps of 1e-3
+jump around, and a model's last steps decide by several dB (17.3 to 25.3 dB were seen). Scores are in evaluation mode,
+where batch normalisation uses its running statistics, and for it also with the statistics of the scan itself, which
+tells how much of a difference is theirs. Finished models are cells in FOLDER/cells.json: a run that was stopped goes
+on. About 40 CPU minutes on one core.
 """
 
 from __future__ import annotations
