@@ -22,7 +22,7 @@ def real_data() -> Path:
     pytest.skip(reason)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Torch on one thread: small networks are faster so, and sums do not depend on the machine."""
     import torch

@@ -26,8 +26,12 @@ def trained(folder: Path, world: int, *, judged: bool = False) -> Path:
     return folder
 
 
+# As the processes run: the order of a sum depends on the number of threads.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(one_thread, tmp_path_factory):
     return trained(tmp_path_factory.mktemp("ranks"), 2)
 
 
