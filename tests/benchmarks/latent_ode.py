@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,10 +37,11 @@ from _forecast_figures import rows as forecast_rows  # type: ignore[import-not-f
 from _generation import generation_figures  # type: ignore[import-not-found]
 from _usual_ode import as_stiff_as_trained, usual_step  # type: ignore[import-not-found]
 
-from temporal_cases import DIM, latent_cohort, ode_trainer, patients, small_ode
+from temporal_cases import DIM, GRID, latent_cohort, ode_plan, ode_trainer, patients, small_ode
 
 FORECASTS = Path(__file__).parent / "results" / "phantom_forecast.cells.json"  # finished seeds of phantom_forecast.py
 PAPER_PATIENTS, PAPER_EPOCHS = 175, 100  # paper, section 2.4 and appendix A.2
+RISING_CODES = 24
 FULL_GRID = (24, 64, 64)
 DEMO_GRID = (8, 12, 12)
 SCANS_HALF_YEARS = (0, 2, 4)  # of the published code's 13 times
@@ -122,21 +124,28 @@ def solvers() -> list[dict[str, Any]]:
 def trained_solver(quick: bool) -> dict[str, Any]:
     """rk4 as trained against dopri5 at 1e-6 with the same weights, at times nobody trained on.
 
-    Relative to the predicted change, which is what the solver makes.
+    Relative to the predicted change, which is what the solver makes. The patients' cells rise through ordered codes,
+    each at a pace of its own; the learning rate is that of the forecast study.
     """
     errors = []
-    z, t, observed = patients(1, [0.0, 0.8, 2.1, 3.0], code_dim=DIM)
-    s = torch.tensor([[1.3, 3.4, 4.7, 5.9]])
+    asked = torch.tensor([[3.4, 4.7, 5.9]])
+    book = torch.linspace(-1.0, 1.0, RISING_CODES)[:, None].expand(-1, DIM).contiguous()
+    plan = replace(
+        ode_plan(),
+        model=ModelSpec(n_codes=RISING_CODES, code_dim=DIM),
+        ode=OdeTraining(lr=2e-3, lambda_drift=100.0, precision="fp32"),
+    )
     seeds = 3 if quick else 7
     for seed in range(seeds):
-        trainer = ode_trainer(seed)
-        for group in trainer.optimiser.param_groups:
-            group["lr"] = 1e-2
-        trainer.train(latent_cohort(n=8, scans=4), steps=60 if quick else 300)
+        trainer = OdeTrainer(plan, book, seed=seed)
+        cohort = _rising_patients(book, seed)
+        trainer.train(cohort, steps=60 if quick else 300)
         exact = LatentODE(replace(trainer.model.spec, solver="dopri5", rtol=1e-6, atol=1e-6), DIM)
         exact.load_state_dict(trainer.model.state_dict())
+        z = book[cohort[0].indices[:3].long()].movedim(-1, 1)[None].double()
+        t, observed = cohort[0].years[None, :3], torch.ones(1, 3, dtype=torch.bool)
         with torch.no_grad():
-            a, b = (model.double()(z.double(), t.double(), observed, s.double()) for model in (trainer.model, exact))
+            a, b = (model.double()(z, t, observed, asked.double()) for model in (trainer.model, exact))
         errors.append(float((a - b).norm() / (b - z[:, -1:]).norm()))
     low, middle, high = quartiles(errors)
     return figure(
@@ -147,8 +156,22 @@ def trained_solver(quick: bool) -> dict[str, Any]:
         holds=high < 1e-3,
         n=seeds,
         spread=(low, high),
-        note="of the predicted change; trained on four random scans a patient, so that the dynamics have to move",
+        note=f"of the predicted change, largest of the seeds {max(errors):.1e}; codes that rise over the years",
     )
+
+
+def _rising_patients(book: Tensor, seed: int) -> list[LatentPatient]:
+    """Eight patients of four scans whose cells climb through the codes at 0.5 to 4 of them a year."""
+    random = np.random.default_rng(seed)
+    years = np.array([0.0, 0.8, 2.1, 3.0])
+    found = []
+    for i in range(8):
+        start, pace = random.integers(0, RISING_CODES // 2, GRID), random.uniform(0.5, 4.0, GRID)
+        codes = torch.from_numpy(np.stack([np.floor(start + pace * y) for y in years])).clamp(max=RISING_CODES - 1)
+        means = book[codes.long()].mean(dim=(1, 2, 3))
+        lung = torch.ones(GRID, dtype=torch.bool)
+        found.append(LatentPatient(f"p{i}", codes.to(torch.uint8), lung, torch.from_numpy(years), means, "t"))
+    return found
 
 
 def federation() -> dict[str, Any]:
