@@ -6,10 +6,10 @@ The generator of preset `fast` (half decoder, 256 codes, bfloat16) at 32 x 64 x 
 federation of one site: the first codes from k-means, merged codes and revived ones at the end of each round. Adam's
 moments are (0.9, 0.99): with the (0.5, 0.9) that suit discriminators, steps of 1e-3 jump around.
     over-fit    `ct-64` of the Chest Imaging Platform alone, 1,000 steps, two seeds
-    phantoms    48 phantom scans of two hospitals, 1,500 steps; then `ct-64` and both scans of the elastix pair
+    phantoms    48 phantom scans of two hospitals, 600 steps; then `ct-64` and both scans of the elastix pair
 
 Finished models are cells in FOLDER/cells.json: a run that was stopped goes on. Pictures of the reconstructions lie
-beside it. About 40 CPU minutes.
+beside it. About 30 CPU minutes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Size:
     test_scans: int
 
 
-FULL = Size((32, 64, 64), 32, 1000, 1500, 24, 6)
+FULL = Size((32, 64, 64), 32, 1000, 600, 24, 6)
 QUICK = Size((16, 32, 32), 8, 20, 20, 2, 1)
 ROUND = 20  # steps
 
