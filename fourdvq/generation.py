@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fourdvq.data.datasets import latent_mask
 from fourdvq.errors import DataError, ModelError
 from fourdvq.models.latent_ode import SAME_TIME_YEARS, LatentODE, lung_mean, snap_times
-from fourdvq.models.vqgan import VQGAN3d, tokenizer_sha256
+from fourdvq.models.vqgan import Quantised, VQGAN3d, tokenizer_sha256
 from fourdvq.plan import GIVEN_FOR_EXTRAPOLATION, TemporalSpec
 from fourdvq.training.precision import autocast, self_check
 
@@ -200,15 +200,20 @@ def evaluating(model: WorldModel) -> Iterator[None]:
             network.train(mode)
 
 
+def encode_scan(vqgan: VQGAN3d, scan: Tensor, cells: Tensor) -> tuple[Quantised, Tensor]:
+    """Codes of a scan (1, D, H, W) in [0, 1], and the mean (1, c) over the lung `cells` (d, h, w) before quantisation.
+
+    What stage 2 is trained on and what a prediction starts from are both made here.
+    """
+    z = vqgan.encode(scan[None].to(next(vqgan.parameters()).device) - 0.5).float()
+    return vqgan.quantise(z), lung_mean(z, cells[None].to(z.device))
+
+
 def encode_given(model: WorldModel, scans: Tensor, years: Sequence[float], lung: Tensor | None) -> GivenLatents:
     """Encode and quantise scans (T, 1, D, H, W), one at a time."""
     voxels = torch.ones(scans.shape[2:], dtype=torch.bool) if lung is None else lung.cpu().bool()
     cells = latent_mask(voxels, model.vqgan.spec.compression).to(model.device)
-    coded, means = [], []
-    for scan in scans:
-        z = model.vqgan.encode(scan[None].to(model.device) - 0.5).float()
-        coded.append(model.vqgan.quantise(z))
-        means.append(lung_mean(z, cells[None]))
+    coded, means = zip(*(encode_scan(model.vqgan, scan, cells) for scan in scans), strict=True)
     return GivenLatents(
         years=tuple(years),
         z=torch.cat([one.z_q for one in coded]),

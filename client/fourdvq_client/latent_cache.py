@@ -11,7 +11,7 @@ from fourdvq.data.datasets import PreparedPatient, latent_mask, load_lung, load_
 from fourdvq.data.files import write_atomic
 from fourdvq.data.latents import LatentPatient, load_latents, save_latents
 from fourdvq.errors import FourdvqError, ModelError
-from fourdvq.models.latent_ode import lung_mean
+from fourdvq.generation import encode_scan
 from fourdvq.models.vqgan import VQGAN3d
 from fourdvq.plan import Plan
 
@@ -56,20 +56,14 @@ class LatentCache:
 @torch.inference_mode()
 def encode_patient(model: VQGAN3d, patient: PreparedPatient, plan: Plan, tokenizer: str) -> LatentPatient:
     """Codes of all scans of a patient, with the lung on the code grid and the times; `model` is in evaluation mode."""
-    device = next(model.parameters()).device
     lung = latent_mask(load_lung(patient.scans[0]), plan.model.compression)
-    indices, means = [], []
-    for scan in patient.scans:
-        x = load_x01(scan, plan.window_hu)[None].to(device) - 0.5
-        z = model.encode(x).float()
-        indices.append(model.quantise(z).indices[0].cpu())
-        means.append(lung_mean(z.cpu(), lung[None])[0])
+    coded, means = zip(*(encode_scan(model, load_x01(s, plan.window_hu), lung) for s in patient.scans), strict=True)
     return LatentPatient(
         pseudonym=patient.pseudonym,
-        indices=torch.stack(indices),
+        indices=torch.cat([one.indices.cpu() for one in coded]),
         lung=lung,
         years=torch.tensor([s.years for s in patient.scans], dtype=torch.float64),
-        means=torch.stack(means),
+        means=torch.cat(means).cpu(),
         tokenizer_sha256=tokenizer,
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fourdvq.models.conv3d import Conv3d, conv_of_one_channel
+from fourdvq.models.conv3d import Conv3d
 from fourdvq.models.norm_silu import group_norm_silu
 
 Norm = Literal["group", "batch"]
@@ -59,7 +59,7 @@ class Conv3dSame(nn.Module):
         """(B, inputs, D, H, W) -> (B, outputs, D/stride, H/stride, W/stride)."""
         if self.outside:
             x = F.pad(x, (self.outside,) * 6, mode="replicate")
-        out: Tensor = conv_of_one_channel(x, self.conv) if x.shape[1] == 1 else self.conv(x)
+        out: Tensor = self.conv(x)
         return out
 
 

@@ -15,13 +15,18 @@ SLOW_PATH_SIZE = 20_480  # torch, `use_mkldnn` in Convolution.cpp: B C D H up to
 
 
 class Conv3d(nn.Conv3d):
-    """nn.Conv3d without the slow path of small volumes."""
+    """nn.Conv3d without the slow path of small volumes; without gradients it goes on from one channel channels last."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, inputs, D, H, W) -> (B, outputs, ...), as nn.Conv3d."""
-        if self._keeps_size and _takes_slow_path(input):
-            return _conv_in_halves(input, self)
-        return super().forward(input)
+        alone = self.in_channels == 1 and input.device.type == "cpu" and not torch.is_grad_enabled()
+        if _takes_slow_path(input):
+            out = _conv_in_halves(input, self) if self._keeps_size else super().forward(input)
+        elif alone:
+            out = _conv_of_one_channel(input, self)
+        else:
+            out = super().forward(input)
+        return fastest_forward(out) if alone else out
 
     @property
     def _keeps_size(self) -> bool:
@@ -38,17 +43,13 @@ def fastest_forward(x: Tensor) -> Tensor:
     return x if torch.is_grad_enabled() else channels_last_on_cpu(x)
 
 
-def conv_of_one_channel(x: Tensor, conv: nn.Conv3d) -> Tensor:
-    """conv(x) of (B, 1, D, H, W), with channels last where that is the faster way to go on.
+def _conv_of_one_channel(x: Tensor, conv: nn.Conv3d) -> Tensor:
+    """conv(x) of (B, 1, D, H, W) with channels last.
 
     A volume of one channel has the same bytes in either layout; torch takes it as contiguous and so makes its output. A
     second channel of zeros settles it, and costs less than to lay out the many channels anew (0.5 against 1.3 s at
     96x256x256).
     """
-    if torch.is_grad_enabled() or x.device.type != "cpu":
-        return conv(x)
-    if _takes_slow_path(x):
-        return channels_last_on_cpu(conv(x))
     two = channels_last_on_cpu(F.pad(x, (0, 0, 0, 0, 0, 0, 0, 1)))
     filters = channels_last_on_cpu(F.pad(conv.weight, (0, 0, 0, 0, 0, 0, 0, 1)))
     return F.conv3d(two, filters, conv.bias, conv.stride, conv.padding)

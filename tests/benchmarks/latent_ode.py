@@ -220,14 +220,19 @@ def step_times(quick: bool) -> list[dict[str, Any]]:
             )
         )
     for precision, other, name, target in (
-        ("bf16", "wide", "over one with the published solver and times and our dynamics", 0.5),
+        ("bf16", "wide", "our step over one with the published solver and times and our dynamics", 0.5),
         ("fp32", "wide", "the same, float32", None),
-        ("bf16", "narrow", "over one with the published solver, times and dynamics (5 convolutions of 8)", None),
+        (
+            "bf16",
+            "narrow",
+            "our step over one with the published solver, times and dynamics (5 convolutions of 8)",
+            None,
+        ),
     ):
         ratio = quartiles([run[precision] / run[other] for run in runs])
         rows.append(
             figure(
-                f"our step {name}" if target or other == "narrow" else name,
+                name,
                 ratio[1],
                 "ratio of CPU",
                 target=None if target is None else f"<= {target:g}",

@@ -11,7 +11,7 @@ unit of severity and so gives a change of the right size whatever the noise of a
 through the true severities of the two given scans. Variants of the model, one part changed in each, say what the parts
 are worth. Further patients, two scans each, calibrate the intervals and test them.
 
-A finished seed is one cell in FOLDER/cells.json: a run that was stopped goes on after it. A seed takes about 16 CPU
+A finished seed is one cell in FOLDER/cells.json: a run that was stopped goes on after it. A seed takes about 12 CPU
 minutes on one core, two of them for drawing the patients.
 """
 
@@ -45,8 +45,16 @@ from fourdvq.data.latents import LatentPatient
 from fourdvq.evaluation.rows import population_rate
 from fourdvq.evaluation.trajectory import LongitudinalPatient, score_patient
 from fourdvq.federation.aggregate import weighted_mean
-from fourdvq.generation import GivenLatents, WorldModel, encode_given, evaluating, predict_codes, residual_volumes
-from fourdvq.models.latent_ode import LatentODE, lung_mean
+from fourdvq.generation import (
+    GivenLatents,
+    WorldModel,
+    encode_given,
+    encode_scan,
+    evaluating,
+    predict_codes,
+    residual_volumes,
+)
+from fourdvq.models.latent_ode import LatentODE
 from fourdvq.models.vqgan import VQGAN3d, tokenizer_sha256
 from fourdvq.plan import FederationSpec, GanSpec, ModelSpec, OdeTraining, Plan, TemporalSpec, VqganTraining
 from fourdvq.training.latent_ode import OdeTrainer, initial_ode
@@ -234,10 +242,11 @@ def pooled_ode(plan: Plan, vqgan: VQGAN3d, patients: Sequence[LatentPatient]) ->
 def code(vqgan: VQGAN3d, patient: Patient, tokenizer: str) -> LatentPatient:
     """A patient as stage 2 reads it."""
     years = torch.tensor(patient.years, dtype=torch.float64)
-    z = torch.cat([vqgan.encode(x[None, None] - 0.5) for x in patient.scans])
     lung = latent_mask(patient.lung, vqgan.spec.compression)
-    means = lung_mean(z, lung.expand(len(z), *lung.shape))
-    return LatentPatient(patient.name, vqgan.quantise(z).indices, lung, years, means, tokenizer)
+    coded, means = zip(*(encode_scan(vqgan, x[None], lung) for x in patient.scans), strict=True)
+    return LatentPatient(
+        patient.name, torch.cat([one.indices for one in coded]), lung, years, torch.cat(means), tokenizer
+    )
 
 
 @torch.inference_mode()

@@ -51,9 +51,8 @@ def test_small_volumes_give_the_same_convolution_and_gradient_as_torch(depth):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "size", [(6, 9, 8), (160, 130, 8)], ids=["small", "large"]
-)  # either side of torch's own switch
+# Either side of the size at which torch changes its way.
+@pytest.mark.parametrize("size", [(6, 9, 8), (160, 130, 8)], ids=["small", "large"])
 @pytest.mark.parametrize("padding", ["zeros", "replicate"])
 def test_without_gradients_a_volume_of_one_channel_gives_the_same_convolution_with_channels_last(size, padding):
     conv = Conv3dSame(1, 4, padding=padding)
