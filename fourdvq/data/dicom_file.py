@@ -11,9 +11,8 @@ import math
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import pydicom
 from pydicom.uid import DeflatedExplicitVRLittleEndian
@@ -40,8 +39,7 @@ _TAGS = [
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
 
-@dataclass(frozen=True)
-class PixelPlace:
+class PixelPlace(NamedTuple):
     """How the pixels are stored. `at` is the byte where their value starts, `length` its bytes (-1: compressed)."""
 
     at: int = 0  # 0: not known, as in a deflated file
@@ -59,9 +57,11 @@ class PixelPlace:
         return self.bits_allocated, self.bits_stored, self.high_bit, self.signed, self.samples, self.photometric
 
 
-@dataclass(frozen=True)
-class SliceHeader:
-    """What one image's header says; None where a tag is absent or not a finite number."""
+class SliceHeader(NamedTuple):
+    """What one image's header says; None where a tag is absent or not a finite number.
+
+    A cohort has 200,000 of them: a named tuple is made ten times as fast as a frozen data class of as many fields.
+    """
 
     path: Path
     modality: str
@@ -160,7 +160,7 @@ def _read(path: Path, stream: BinaryIO, kind: str) -> tuple[SliceHeader, ...]:
     header = _header(path, data)
     if header.transfer_syntax != DeflatedExplicitVRLittleEndian:
         at, length = _pixel_value(stream, implicit=bool(data.original_encoding[0]))
-        header = replace(header, pixels=replace(header.pixels, at=at, length=length))
+        header = header._replace(pixels=header.pixels._replace(at=at, length=length))
     if "PerFrameFunctionalGroupsSequence" not in data:
         return (header,)
     from fourdvq.data.enhanced import frames_of

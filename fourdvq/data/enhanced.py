@@ -5,8 +5,6 @@ A group stands once for all frames (shared) or once for each. Source: DICOM PS3.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pydicom
 
 from fourdvq.data.dicom_file import SliceHeader, number_of, numbers_of, text_of, values_of
@@ -33,8 +31,7 @@ def _frame(header: SliceHeader, shared: pydicom.Dataset, own: pydicom.Dataset, i
     reconstruction = _group("CTReconstructionSequence", own, shared)
     kinds = tuple(str(v) for v in values_of(_group("CTImageFrameTypeSequence", own, shared), "FrameType"))
     spacing = numbers_of(measures, "PixelSpacing", 2)
-    return replace(
-        header,
+    return header._replace(
         frame=i,
         image_type=kinds or header.image_type,
         pixel_spacing=spacing if spacing and min(spacing) > 0 else None,

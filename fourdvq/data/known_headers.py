@@ -13,10 +13,9 @@ import hashlib
 import itertools
 import json
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from functools import cache, lru_cache
-from operator import attrgetter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,7 +76,7 @@ class KnownHeaders:
         folder.met[state.name] = outcome
         if outcome.code:
             raise VolumeError(outcome.code, where=shown(path))
-        return tuple([_header(path, image) for image in outcome.images])
+        return tuple([SliceHeader(path, *image) for image in outcome.images])
 
     def changed(self, *, all_met: bool) -> bool:
         """Whether `as_text` would give another text than the one at the start."""
@@ -107,12 +106,7 @@ def _read(path: Path, state: FileState) -> _Outcome:
         headers, code = read_headers(path), ""
     except VolumeError as error:
         headers, code = (), error.code
-    return _Outcome(*state[2:], [_values_of(header) for header in headers], code)
-
-
-def _header(path: Path, values: tuple[Any, ...]) -> SliceHeader:
-    others = (*values[:_PIXELS], _place(*values[_COUNT:]), *values[_PIXELS:_COUNT])
-    return SliceHeader(path, *others)
+    return _Outcome(*state[2:], [header[1:] for header in headers], code)
 
 
 @cache
@@ -137,15 +131,19 @@ def _folders_in(text: bytes) -> dict[str, bytes]:
 
 def _packed(outcomes: Mapping[str, _Outcome]) -> bytes:
     images = [image for o in outcomes.values() for image in o.images]
+    images = [(*image[:_PIXELS], tuple(image[_PIXELS]), *image[_PIXELS + 1 :]) for image in images]
     files = [(name, *o[:3], o.code or len(o.images)) for name, o in outcomes.items()]
     tables = [[_packed_column(column) for column in zip(*rows, strict=True)] for rows in (files, images)]
     return json.dumps(tables, separators=(",", ":")).encode()
 
 
 def _unpacked(line: bytes) -> dict[str, _Outcome]:
-    files, images = (zip(*map(_column, columns), strict=False) for columns in json.loads(line))
+    of_files, of_images = (list(map(_column, columns)) for columns in json.loads(line))
+    if of_images:
+        of_images[_PIXELS] = map(PixelPlace._make, of_images[_PIXELS])
+    images = zip(*of_images, strict=False)
     result = {}
-    for name, size, modified_ns, changed_ns, came_to in files:
+    for name, size, modified_ns, changed_ns, came_to in zip(*of_files, strict=False):
         found, code = (0, came_to) if isinstance(came_to, str) else (came_to, "")
         result[name] = _Outcome(size, modified_ns, changed_ns, tuple(itertools.islice(images, found)), code)
     return result
@@ -181,10 +179,5 @@ def _value(stored: Any) -> Any:
     return tuple(stored) if isinstance(stored, list) else stored
 
 
-_OTHERS = [f.name for f in fields(SliceHeader) if f.name not in ("path", "pixels")]
-_COUNT = len(_OTHERS)
-_PIXELS = [f.name for f in fields(SliceHeader)].index("pixels") - 1  # where they stand among the others
-_values_of: Callable[[SliceHeader], tuple[Any, ...]]
-_values_of = attrgetter(*_OTHERS, *(f"pixels.{f.name}" for f in fields(PixelPlace)))
-_place = lru_cache(maxsize=1024, typed=True)(PixelPlace)
+_PIXELS = SliceHeader._fields.index("pixels") - 1  # where they stand among what follows the path
 _NOTHING = _packed({})

@@ -44,8 +44,9 @@ def walk_files(folder: Path) -> FileWalk:
     waiting = [os.fspath(folder)]
     while waiting:
         here = waiting.pop()
+        parent = Path(here)
         try:
-            status = Path(here).stat()
+            status = parent.stat()
             entries = sorted(os.scandir(here), key=lambda e: e.name)
         except OSError:
             walk.skipped["unreadable"] += 1
@@ -54,12 +55,12 @@ def walk_files(folder: Path) -> FileWalk:
             walk.skipped["loop"] += 1
             continue
         seen.add((status.st_dev, status.st_ino))
-        below = [path for entry in entries if (path := _take(here, entry, walk))]
+        below = [path for entry in entries if (path := _take(here, parent, entry, walk))]
         waiting += reversed(below)  # the last one in is the first one out: folders come in the order of their names
     return walk
 
 
-def _take(here: str, entry: os.DirEntry[str], walk: FileWalk) -> str:
+def _take(here: str, parent: Path, entry: os.DirEntry[str], walk: FileWalk) -> str:
     """Note a file; the path of a folder that is to be walked, else empty."""
     name = entry.name
     if name.startswith(".") or name.upper() == "DICOMDIR":
@@ -76,6 +77,6 @@ def _take(here: str, entry: os.DirEntry[str], walk: FileWalk) -> str:
     elif status.st_size == 0:
         walk.skipped["empty"] += 1
     else:
-        walk.files.append(Path(entry.path))
+        walk.files.append(parent / name)  # a joined path costs half of one that is parsed from its text
         walk.states.append(FileState(here, name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -93,10 +94,9 @@ class SourceHashes:
 
     @staticmethod
     def _look(files: Sequence[Path]) -> str:
-        seen = []
-        for path in files:
-            status = path.stat()
-            seen.append((str(path.absolute()), status.st_size, status.st_mtime_ns))
+        places = [str(path.absolute()) for path in files]
+        states = [os.stat(place) for place in places]  # noqa: PTH116 (a path's own stat takes twice as long)
+        seen = [(place, s.st_size, s.st_mtime_ns) for place, s in zip(places, states, strict=True)]
         return hashlib.sha256(repr(seen).encode()).hexdigest()
 
 

@@ -197,7 +197,7 @@ def test_a_transfer_syntax_that_cannot_be_read_is_named(volume, tmp_path):
     candidate = find_series(tmp_path)[0]
     from dataclasses import replace
 
-    video = replace(candidate.slices[0], transfer_syntax="1.2.840.10008.1.2.4.100")
+    video = candidate.slices[0]._replace(transfer_syntax="1.2.840.10008.1.2.4.100")
     with pytest.raises(VolumeError, match=r"E_SYNTAX.*1\.2\.840\.10008\.1\.2\.4\.100"):
         read_series(replace(candidate, slices=(video, *candidate.slices[1:])))
 
