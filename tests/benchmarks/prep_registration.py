@@ -1,7 +1,8 @@
 """Figures of the registration: error on known motions, the public pair, phantoms with disease, time and memory.
 
-    FOURDVQ_REAL_DATA=... python tests/benchmarks/prep_registration.py --json [--quick] [--out FILE]
+    FOURDVQ_REAL_DATA=... python tests/benchmarks/prep_registration.py --json [--quick] [--out FILE] [--elastix FILE]
 
+With `--elastix`, a file that `elastix_fields.py` wrote, the real pair is also held against another program's fields.
 Errors are distances in mm at 2,000 points in the fixed lung. Times are CPU seconds of one thread, each in a process of
 its own, whose largest resident memory is the peak.
 """
@@ -24,12 +25,14 @@ os.environ.setdefault("ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS", "1")
 
 import numpy as np
 import torch
+from scipy.ndimage import map_coordinates
 
 # Run as a script, Python sees this folder only; the helpers of the tests are one level up.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from _common import clock, cpu_seconds, emit, figure, quartiles  # type: ignore[import-not-found]
 
+from fourdvq.data.volume import read_mask
 from fourdvq.preprocessing.grid import grid_of_spacing, lung_box
 from fourdvq.preprocessing.profile import RegistrationSpec
 from fourdvq.preprocessing.registration import Registration, register
@@ -47,15 +50,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object (always done)")
     parser.add_argument("--quick", action="store_true", help="end within a few minutes")
     parser.add_argument("--out", type=Path, help="also write the object to this file")
+    parser.add_argument("--elastix", type=Path, help="fields of the real pair, from elastix_fields.py")
     parser.add_argument("--once", choices=TARGET_SECONDS, help="register one pair and print what it cost")
     options = parser.parse_args()
     if options.once:
         print(json.dumps(_cost_of_one(options.once)))
         return
-    emit("prep_registration", figures(options.quick), options.quick, out=options.out)
+    emit("prep_registration", figures(options.quick, options.elastix), options.quick, out=options.out)
 
 
-def figures(quick: bool) -> list[dict[str, Any]]:
+def figures(quick: bool, elastix: Path | None = None) -> list[dict[str, Any]]:
     """The rows of the registration; those that need the public data are null without FOURDVQ_REAL_DATA."""
     torch.set_num_threads(1)
     folder = Path(os.environ.get("FOURDVQ_REAL_DATA", ""))
@@ -64,7 +68,7 @@ def figures(quick: bool) -> list[dict[str, Any]]:
         for preset in ("default",) if quick else ("default", "fast"):
             rows += planted_figures(folder, preset, fields=1 if quick else 5)
         rows += identity_figures(folder)
-        rows += real_pair_figures(folder)
+        rows += real_pair_figures(folder, elastix)
         rows += cost_figures("fast") + ([] if quick else cost_figures("default"))
     else:
         note = "FOURDVQ_REAL_DATA does not name the folder of public scans"
@@ -107,24 +111,49 @@ def identity_figures(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def real_pair_figures(folder: Path) -> list[dict[str, Any]]:
+def real_pair_figures(folder: Path, elastix: Path | None = None) -> list[dict[str, Any]]:
     """The public pair; its own truth is not public, so the error is against demons on the follow-up's own copy."""
     reference_case = real_pair(folder, same_scan=True)
     truth = moved(_register(reference_case, DEMONS).transform, reference_case.points)
+    others = None if elastix is None else elastix_points(folder, elastix, reference_case.points)
     rows = []
     for what, same_scan, goal in (("warped follow-up", True, 1.1), ("true baseline", False, 3.5)):
         case = replace(real_pair(folder, same_scan=same_scan), truth=truth)
         for spec in (CORRFIELD, replace(CORRFIELD, preset="fast"), DEMONS):
             name = f"{spec.backend}{'' if spec is DEMONS else ' ' + spec.preset}, real follow-up onto its {what}"
-            rows += _real_rows(name, case, spec, goal, judged=spec is CORRFIELD)
+            result = _register(case, spec)
+            rows += _real_rows(name, case, result, goal, judged=spec is CORRFIELD)
+            if others is not None:
+                rows.append(_elastix_row(name, moved(result.transform, case.points), others, goal))
     return rows
 
 
-def _real_rows(name: str, case: PairCase, spec: RegistrationSpec, goal: float, *, judged: bool) -> list[dict[str, Any]]:
-    result = _register(case, spec)
+def elastix_points(folder: Path, fields: Path, points: np.ndarray) -> np.ndarray:
+    """Where the fields of `elastix_fields.py` put points (N, 3): (runs, N, 3) in LPS mm."""
+    grid = read_mask(folder / "elastix" / "3DCT_lung_baseline_mask.mha")
+    at = ((points - np.array(grid.origin)) / np.array(grid.spacing)[::-1])[:, ::-1].T
+    read = np.load(fields)
+    return np.stack(
+        [points + np.stack([map_coordinates(f[..., c], at, order=1) for c in range(3)], axis=1) for f in read]
+    )
+
+
+def _elastix_row(name: str, found: np.ndarray, others: np.ndarray, goal: float) -> dict[str, Any]:
+    """Distance to the mean of elastix's runs, beside what the runs are apart."""
+    errors = np.linalg.norm(found - others.mean(axis=0), axis=1)
+    apart = np.linalg.norm(others[0] - others[1], axis=1)
+    note = (
+        f"p95 {np.percentile(errors, 95):.2f} mm; its two runs are {apart.mean():.2f} mm apart, "
+        f"p95 {np.percentile(apart, 95):.2f}"
+    )
+    mean = float(errors.mean())
+    return figure(f"{name}: distance to elastix", mean, "mm", target=f"<= {goal}", holds=mean <= goal, note=note)
+
+
+def _real_rows(name: str, case: PairCase, result: Registration, goal: float, *, judged: bool) -> list[dict[str, Any]]:
     errors, undone = case.errors(result.transform), result.consistency
     if undone is None:
-        raise ValueError(f"{spec.backend} has no field")
+        raise ValueError(f"{name}: no field")
     gain = result.after.ncc - result.before.ncc
     measured = (
         ("Dice", result.after.dice, "", ">= 0.975", result.after.dice >= 0.975),
