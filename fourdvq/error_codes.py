@@ -237,6 +237,7 @@ CODES: dict[str, Explanation] = {
     "E_NOTCT": _E("not a CT image", "another modality or a screenshot", "Modality CT", "leave it out of the export", "DATA_INVALID"),
     "E_DERIVED": _E("not an original series", "a localizer, report or reformat", "ImageType ORIGINAL", "nothing to do; it is skipped", "DATA_INVALID"),
     "E_CORRUPT": _E("the file cannot be read", "it is cut short or damaged", "a complete file", "export the series again", "DATA_INVALID"),
+    "E_READ": _E("a scan's files cannot be opened", "a share is not there, or a right to read is missing", "files that can be read to their end", "bring the share or the right back; the next run tries again by itself", "DATA_INVALID"),
     "E_SYNTAX": _E("unsupported transfer syntax", "the pixels are compressed in a way this installation cannot read", "a readable transfer syntax", "install the named extra, or export uncompressed", "DATA_INVALID"),
     "E_GAP": _E("a slice is missing", "the export is incomplete", "equidistant slices", "export the series again", "DATA_INVALID"),
     "E_DUP": _E("two slices at one position", "two acquisitions were mixed", "one slice per position", "export one series only", "DATA_INVALID"),

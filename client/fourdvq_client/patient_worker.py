@@ -26,11 +26,11 @@ THREAD_LIMITS = (
 
 @dataclass(frozen=True)
 class PatientJob:
-    """One patient's scans, the indices a person rejected, and those whose refusal or failure is tried again."""
+    """One patient's scans, the recipes a person rejected, and the indices whose refusal or failure is tried again."""
 
     pseudonym: str
     scans: tuple[ScanInput, ...]
-    excluded: frozenset[int] = frozenset()
+    rejected: frozenset[str] = frozenset()
     retry: frozenset[int] = frozenset()
 
 
@@ -72,7 +72,7 @@ def prepare_job(job: PatientJob, means: Means, say: Callable[[StepInHand], None]
         means.profile,
         means.prep,
         pseudonym=job.pseudonym,
-        excluded=job.excluded,
+        rejected=job.rejected,
         retry=job.retry,
         device=means.device,
         weights=means.weights,

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from fourdvq.data.cohort import Cohort, Finding, load_cohort, pseudonyms
-from fourdvq.data.review import rejected_by_patient
+from fourdvq.data.review import read_decisions
 from fourdvq.errors import CohortError, explain
 from fourdvq.preprocessing.manifest import DamagedScan, verify, write_manifest
 from fourdvq.preprocessing.pipeline import PatientResult, StepInHand, forget_step, scan_inputs, settled_patient
@@ -238,7 +238,7 @@ def _jobs(
     from fourdvq_client.patient_worker import PatientJob
 
     hashes = SourceHashes(workspace.state / "source_hashes.json")
-    rejected = rejected_by_patient(workspace.prep)
+    rejected = read_decisions(workspace.prep).rejected()
     mine = [p for p in cohort.usable if request.shard.has(names[p.patient_id])]
     jobs = []
     for patient in mine:
@@ -266,7 +266,7 @@ def _settled(
     settled = {}
     for job in jobs:
         result = settled_patient(
-            job.scans, profile, workspace.prep, pseudonym=job.pseudonym, excluded=job.excluded, retry=job.retry
+            job.scans, profile, workspace.prep, pseudonym=job.pseudonym, rejected=job.rejected, retry=job.retry
         )
         if result is not None:
             settled[job.pseudonym] = result

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fourdvq.config import sha256_of
 from fourdvq.data.prepared import CLINICAL_COLUMNS, MANIFEST_COLUMNS, read_splits, read_table
-from fourdvq.data.review import APPROVING, read_decisions, valid_decision
+from fourdvq.data.review import APPROVING, read_decisions
 from fourdvq.errors import CohortError
 
 DAYS_PER_YEAR = 365.25
@@ -236,9 +236,8 @@ def _approved_rows(prep: Path) -> list[dict[str, str]]:
     decisions = read_decisions(prep)
     approved = {}
     for row in read_table(prep / "manifest.csv", MANIFEST_COLUMNS):
-        key = (row["pseudonym"], int(row["index"]))
-        if row["content_sha256"] and valid_decision(decisions, key, row["content_sha256"]) in APPROVING:
-            approved[key] = row
+        if decisions.about(row) in APPROVING:
+            approved[row["pseudonym"], int(row["index"])] = row
     return [r for r in approved.values() if (r["pseudonym"], int(r["baseline"])) in approved]
 
 

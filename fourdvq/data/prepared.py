@@ -20,9 +20,10 @@ from fourdvq.errors import CohortError
 
 MANIFEST_COLUMNS = (
     "pseudonym", "index", "days", "baseline", "status", "code", "grade", "decision", "lung_ml", "left_right", "dice",
-    "ncc", "fold_percent", "spacing_z", "spacing_y", "spacing_x", "content_sha256", "profile_sha256", "folder",
+    "ncc", "fold_percent", "spacing_z", "spacing_y", "spacing_x", "content_sha256", "recipe_sha256", "profile_sha256",
+    "folder",
 )  # fmt: skip
-REVIEW_COLUMNS = ("pseudonym", "index", "decision", "reason", "reviewer", "time", "content_sha256")
+REVIEW_COLUMNS = ("pseudonym", "index", "decision", "reason", "reviewer", "time", "content_sha256", "recipe_sha256")
 SPLIT_COLUMNS = ("pseudonym", "split")
 CLINICAL_COLUMNS = ("pseudonym", "age", "sex", "smoking", "time_days", "event")
 

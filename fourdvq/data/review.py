@@ -1,10 +1,15 @@
-"""What a person decided about a prepared scan. A decision holds for the content it was made on and lapses with it."""
+"""What a person decided about a prepared scan. A decision holds for the content it was made on and lapses with it.
+
+A rejection also holds for the same scan prepared in the same way (its recipe): another baseline changes the content,
+but not what was wrong with the scan. The number of a scan plays no part, because an older export that turns up shifts
+all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fourdvq.data.prepared import MANIFEST_COLUMNS, REVIEW_COLUMNS, read_table, write_table
 from fourdvq.errors import CohortError
@@ -12,14 +17,47 @@ from fourdvq.errors import CohortError
 Decision = Literal["approve", "reject", "redo", "auto", "demo"]
 # auto: grade PASS under a site's own switch; demo: synthetic scans; redo takes any decision back.
 APPROVING = frozenset({"approve", "auto", "demo"})
+_FOR_EVERY_BASELINE = frozenset({"reject", "redo"})
 ScanKey = tuple[str, int]  # pseudonym, index
 
 
-def read_decisions(prep: Path) -> dict[ScanKey, tuple[str, str]]:
-    """The last decision per scan, and the content sha256 that it was made on; empty if nobody decided yet."""
+class Decisions:
+    """The decisions of a prep folder, `rows` in the order in which they were made."""
+
+    def __init__(self, rows: Iterable[Mapping[str, str]] = ()) -> None:
+        self._about_content: dict[tuple[str, str], tuple[int, str]] = {}
+        self._about_recipe: dict[tuple[str, str], tuple[int, str]] = {}
+        self._last_of_recipe: dict[tuple[str, str], str] = {}
+        for number, row in enumerate(rows, start=1):
+            content, recipe = (row["pseudonym"], row["content_sha256"]), (row["pseudonym"], row["recipe_sha256"])
+            self._about_content[content] = (number, row["decision"])
+            if row["decision"] in _FOR_EVERY_BASELINE:
+                self._about_recipe[recipe] = (number, row["decision"])
+            self._last_of_recipe[recipe] = row["decision"]
+
+    def about(self, scan: Mapping[str, Any]) -> str:
+        """The decision about a row of the manifest; empty if there is none, it has lapsed or was taken back."""
+        if not scan["content_sha256"]:
+            return ""
+        none = (0, "")
+        of_content = self._about_content.get((scan["pseudonym"], scan["content_sha256"]), none)
+        of_recipe = self._about_recipe.get((scan["pseudonym"], scan["recipe_sha256"]), none)
+        _, decision = max(of_content, of_recipe)
+        return "" if decision == "redo" else decision
+
+    def rejected(self) -> dict[str, frozenset[str]]:
+        """The recipes that each patient's scans may not be used under, for `prepare_patient(rejected=...)`."""
+        found: dict[str, set[str]] = {}
+        for (pseudonym, recipe), decision in self._last_of_recipe.items():
+            if decision == "reject":
+                found.setdefault(pseudonym, set()).add(recipe)
+        return {pseudonym: frozenset(recipes) for pseudonym, recipes in found.items()}
+
+
+def read_decisions(prep: Path) -> Decisions:
+    """What was decided so far."""
     path = prep / "review.csv"
-    rows = read_table(path, REVIEW_COLUMNS) if path.exists() else []
-    return {(r["pseudonym"], int(r["index"])): (r["decision"], r["content_sha256"]) for r in rows}
+    return Decisions(read_table(path, REVIEW_COLUMNS) if path.exists() else ())
 
 
 def decide(
@@ -37,7 +75,7 @@ def decide(
     brought up to date. Raises CohortError E_PATIENT for a scan that is not in the manifest or was refused.
     """
     manifest = read_table(prep / "manifest.csv", MANIFEST_COLUMNS)
-    usable = {(r["pseudonym"], int(r["index"])): r["content_sha256"] for r in manifest if r["content_sha256"]}
+    usable = {(r["pseudonym"], int(r["index"])): r for r in manifest if r["content_sha256"]}
     wanted = list(usable) if scans is None else list(scans)
     for pseudonym, index in wanted:
         if (pseudonym, index) not in usable:
@@ -46,12 +84,12 @@ def decide(
             )
     path = prep / "review.csv"
     history = read_table(path, REVIEW_COLUMNS) if path.exists() else []
-    rows = [(p, i, decision, reason, reviewer, time, usable[p, i]) for p, i in wanted]
-    new = [dict(zip(REVIEW_COLUMNS, row, strict=True)) for row in rows]
-    write_table(path, REVIEW_COLUMNS, [*history, *new])
-    decisions = read_decisions(prep)
+    said = {"decision": decision, "reason": reason, "reviewer": reviewer, "time": time}
+    rows = [*history, *({**usable[key], **said} for key in wanted)]
+    write_table(path, REVIEW_COLUMNS, rows)
+    decisions = Decisions(rows)
     for row in manifest:
-        row["decision"] = valid_decision(decisions, (row["pseudonym"], int(row["index"])), row["content_sha256"])
+        row["decision"] = decisions.about(row)
     write_table(prep / "manifest.csv", MANIFEST_COLUMNS, manifest)
     return len(wanted)
 
@@ -62,20 +100,5 @@ def approve(prep: Path, scans: Iterable[ScanKey] | None, *, reviewer: str, time:
 
 
 def reject(prep: Path, scans: Iterable[ScanKey], *, reviewer: str, time: str, reason: str) -> int:
-    """A person leaves the scans out; if one is a baseline, the next `prepare_patient` must be told so (`excluded`)."""
+    """A person leaves the scans out; if one is a baseline, the next preparation must be told so (`rejected`)."""
     return decide(prep, scans, "reject", reviewer=reviewer, time=time, reason=reason)
-
-
-def valid_decision(decisions: dict[ScanKey, tuple[str, str]], scan: ScanKey, content_sha256: str) -> str:
-    """The decision about this very content, or an empty text if there is none, it has lapsed or was taken back."""
-    decision, content = decisions.get(scan, ("", ""))
-    return decision if decision != "redo" and content and content == content_sha256 else ""
-
-
-def rejected_by_patient(prep: Path) -> dict[str, frozenset[int]]:
-    """Indices of the rejected scans of each patient who has one, for `prepare_patient(excluded=...)`."""
-    found: dict[str, set[int]] = {}
-    for (pseudonym, index), (decision, _) in read_decisions(prep).items():
-        if decision == "reject":
-            found.setdefault(pseudonym, set()).add(index)
-    return {pseudonym: frozenset(indices) for pseudonym, indices in found.items()}

@@ -141,6 +141,20 @@ def load_input(
     return LoadedScan(series.volume, mask, series.warnings, series.thickness_mm, series.technical)
 
 
+def unreadable(scan: ScanInput) -> str:
+    """Why a scan's files cannot be read to their end just now, without a path; empty if they can.
+
+    Whatever a reader said about such a scan tells of a share or of rights, and not of the scan.
+    """
+    try:
+        for source in (p for p in _sources(scan) if p is not None):
+            for path in source if isinstance(source, tuple) else _files_in(source) or (source,):
+                file_sha256(path)
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    return ""
+
+
 def told(error: DataError, scan: ScanInput) -> str:
     """What was found in a scan and where, without a path: a folder's name may be a patient's.
 
@@ -151,7 +165,12 @@ def told(error: DataError, scan: ScanInput) -> str:
         place = f"file {names.index(error.where) + 1} of {len(names)} by name"
     elif scan.mask_path is not None and error.where == shown(scan.mask_path):
         place = "the lung mask"
-    return f"{place}: {_PATH.sub('<path>', error.found)}"
+    return f"{place}: {without_paths(error.found)}"
+
+
+def without_paths(text: str) -> str:
+    """A text in which every absolute path is blanked."""
+    return _PATH.sub("<path>", text)
 
 
 def source_key(scan: ScanInput) -> str:

@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fourdvq.data.prepared import MANIFEST_COLUMNS, write_json, write_table
-from fourdvq.data.review import read_decisions, valid_decision
-from fourdvq.preprocessing.records import FORMAT, damaged, forget, read_qc, read_record, records, remove_leftovers
+from fourdvq.data.review import read_decisions
+from fourdvq.preprocessing.records import DAMAGED, FORMAT, damaged, read_qc, read_record, records, remove_leftovers
+
+_KEPT = (
+    "pseudonym", "index", "days", "baseline", "status", "code", "grade", "content_sha256", "recipe_sha256",
+    "profile_sha256",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ def write_manifest(prep: Path) -> list[dict[str, Any]]:
     rows = []
     for folder, record in records(prep):
         row = _row(prep, folder, record)
-        row["decision"] = valid_decision(decisions, (row["pseudonym"], row["index"]), row["content_sha256"])
+        row["decision"] = decisions.about(row)
         rows.append(row)
         profiles[record["profile_sha256"]] = record["profile"]
     rows.sort(key=lambda row: (row["pseudonym"], row["index"]))
@@ -44,18 +49,24 @@ def write_manifest(prep: Path) -> list[dict[str, Any]]:
 
 
 def verify(prep: Path, pseudonyms: Iterable[str]) -> Iterator[list[DamagedScan]]:
-    """Hash every file of the patients' scans; yields what is damaged, patient by patient, and forgets its record.
+    """Hash every file of the patients' scans; yields what is damaged, patient by patient, and marks its folder.
 
-    The next run makes it again; until then the scan is out of the manifest, once that is rebuilt.
+    A marked scan is out of the manifest once that is rebuilt, and the next preparation makes it again; a check that
+    finds it whole, because somebody brought the file back, takes the mark away. A scan without a record is still to be
+    made, and not damaged.
     """
     for pseudonym in pseudonyms:
         found = []
         for folder in sorted(p for p in (prep / pseudonym).glob("*") if p.name.isdigit()):
+            if not (folder / "step.json").exists():
+                continue
             record = read_record(folder)
             bad = ["step.json"] if record is None else damaged(folder, record)
             if bad:
-                forget(folder)
+                (folder / DAMAGED).touch()
                 found.append(DamagedScan(pseudonym, int(folder.name), tuple(bad)))
+            else:
+                (folder / DAMAGED).unlink(missing_ok=True)
         yield found
 
 
@@ -63,9 +74,8 @@ def _row(prep: Path, folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     qc = read_qc(folder) if record["files"] else {}
     pair, scan = qc.get("pair") or {}, qc.get("scan") or {}
     spacing = record.get("spacing_mm") or (None, None, None)
-    kept = ("pseudonym", "index", "days", "baseline", "status", "code", "grade", "content_sha256", "profile_sha256")
     return {
-        **{name: record[name] for name in kept},
+        **{name: record[name] for name in _KEPT},
         "lung_ml": _round(scan.get("lung_ml"), 1),
         "left_right": _round(scan.get("left_right"), 3),
         "dice": _round(pair.get("dice"), 4),

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fourdvq.errors import ConfigError, DataError, TemporaryStop
-from fourdvq.preprocessing.inputs import ScanInput, scan_inputs, source_key, told
+from fourdvq.preprocessing.inputs import ScanInput, scan_inputs, source_key, told, unreadable, without_paths
 from fourdvq.preprocessing.manifest import write_manifest
 from fourdvq.preprocessing.profile import Profile, profile_to_plain
 from fourdvq.preprocessing.records import (
+    Keys,
     PatientResult,
     ScanResult,
     forget,
@@ -27,6 +28,7 @@ from fourdvq.preprocessing.records import (
     output_key,
     read_key,
     read_record,
+    recipe_key,
     remove_leftovers,
     result_of,
     rewrite_record,
@@ -56,7 +58,7 @@ __all__ = [
 ]
 
 FORCED_STEPS = ("segment", "register", "resample")
-_STOPS_THE_RUN = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class StepInHand:
     scan: ScanInput
     name: str  # read, segment, register, resample, pictures
     key: str  # that of the scan's record
+    recipe: str
     baseline: int | None  # index; None for a baseline
 
 
@@ -75,7 +78,7 @@ def prepare_patient(
     out: Path,
     *,
     pseudonym: str,
-    excluded: Collection[int] = (),
+    rejected: Collection[str] = (),
     retry: Collection[int] = (),
     device: str = "cpu",
     weights: Path | None = None,
@@ -84,10 +87,11 @@ def prepare_patient(
 ) -> PatientResult:
     """Prepare a patient's scans under `out`/`pseudonym` and say what became of each; resumable and deterministic.
 
-    `excluded` are indices that a person rejected: they are left as they are and cannot be the baseline. `retry` are
+    `rejected` are recipes that a person rejected: such a scan is left as it is and cannot be the baseline. `retry` are
     indices whose refusal or failure is not taken from the record. `readers` bound what an image header may announce.
-    Folders of indices that are no longer among `scans` are removed. Raises ConfigError E_UNSUPPORTED or ModelError
-    E_WEIGHTS for a profile that cannot be run here and TemporaryStop DISK_FULL; nothing about a single scan raises.
+    Folders of indices that are no longer among `scans` are removed; what was made of a scan whose files cannot be
+    opened just now is left as it is. Raises ConfigError E_UNSUPPORTED or ModelError E_WEIGHTS for a profile that cannot
+    be run here, TemporaryStop DISK_FULL and OSError if nothing can be written; nothing about a single scan raises.
     """
 
     def maker(patient: _Patient) -> Maker:
@@ -98,7 +102,7 @@ def prepare_patient(
     patient = _Patient(profile, out / pseudonym, pseudonym, retry, maker, on_step)
     for folder in patient.folder.glob("*"):
         remove_leftovers(folder)
-    return patient.results(scans, excluded)
+    return patient.results(scans, rejected)
 
 
 def settled_patient(
@@ -107,12 +111,12 @@ def settled_patient(
     out: Path,
     *,
     pseudonym: str,
-    excluded: Collection[int] = (),
+    rejected: Collection[str] = (),
     retry: Collection[int] = (),
 ) -> PatientResult | None:
     """What `prepare_patient` would return if nothing has to be made, else None. Needs no imaging library."""
     try:
-        return _Patient(profile, out / pseudonym, pseudonym, retry).results(scans, excluded)
+        return _Patient(profile, out / pseudonym, pseudonym, retry).results(scans, rejected)
     except _SomethingToMakeError:
         return None
 
@@ -120,7 +124,8 @@ def settled_patient(
 def record_failure(step: StepInHand, profile: Profile, folder: Path, code: str) -> None:
     """Record for a process that died, or was stopped, in the middle of a scan; `folder` is the patient's."""
     scan = step.scan
-    record = new_record(profile, folder.name, index=scan.index, days=scan.days, key=step.key, baseline=step.baseline)
+    keys = Keys(step.key, step.recipe)
+    record = new_record(profile, folder.name, index=scan.index, days=scan.days, keys=keys, baseline=step.baseline)
     write_without_outputs(folder / str(scan.index), record, "failed", [code])
 
 
@@ -164,39 +169,49 @@ class _Patient:
         self._new_maker = maker
         self._maker: Maker | None = None
 
-    def results(self, scans: Sequence[ScanInput], excluded: Collection[int]) -> PatientResult:
+    def results(self, scans: Sequence[ScanInput], rejected: Collection[str]) -> PatientResult:
         """All scans in time order."""
         self._remove_others({scan.index for scan in scans})
-        found = []
-        for scan in sorted(scans, key=lambda s: (s.days, s.index)):
-            found.append(self._left_out(scan) if scan.index in excluded else self._result(scan))
+        found = [self._result(scan, rejected) for scan in sorted(scans, key=lambda s: (s.days, s.index))]
         return PatientResult(self.pseudonym, tuple(self._with_breath_check(found)))
 
-    def _result(self, scan: ScanInput) -> ScanResult:
+    def _result(self, scan: ScanInput, rejected: Collection[str]) -> ScanResult:
         if self.stopped:
-            return self._failed(scan, "", self.stopped, "the baseline failed")
-        scan_key = key = ""
+            return self._failed(scan, Keys(), self.stopped, "the baseline failed")
+        scan_key, keys = "", Keys()
         try:
             scan = replace(scan, source_sha256=source_key(scan))
             scan_key = read_key(scan.source_sha256, self.profile)
-            key = output_key(scan_key, self.profile, self.baseline.key if self.baseline else None)
-            result = self._reused(scan, key) or self._made(scan, key)
-        except OSError as error:
-            if error.errno in _STOPS_THE_RUN:
-                raise TemporaryStop("DISK_FULL", where=str(self.folder)) from None
-            result = self._failed(scan, key, "E_FILE", str(error))
-        except (RuntimeError, MemoryError, ValueError, ArithmeticError, IndexError) as error:
+            output = output_key(scan_key, self.profile, self.baseline.key if self.baseline else None)
+            keys = Keys(output, recipe_key(scan_key, self.profile))
+            left_out = keys.recipe in rejected
+            result = (left_out and self._left_out(scan, keys)) or self._reused(scan, keys) or self._made(scan, keys)
+        except (OSError, RuntimeError, MemoryError, ValueError, ArithmeticError, IndexError) as error:
             if isinstance(error, ConfigError):
                 raise
-            # ITK and numpy in trouble with this one scan.
-            code = "OUT_OF_MEMORY" if isinstance(error, MemoryError) else "E_INTERNAL"
-            result = self._failed(scan, key, code, f"{type(error).__name__}: {error}")
-        if self.baseline is None:
+            left_out, result = False, self._fallen(scan, keys, error)
+        if self.baseline is None and not left_out:
             if result.status == "failed":
                 self.stopped = result.code
             elif result.status != "refused":
                 self.baseline = _Baseline(scan, scan_key)
         return result if result.status != "refused" or result.detail else self._explained(result)
+
+    def _fallen(self, scan: ScanInput, keys: Keys, error: Exception) -> ScanResult:
+        """What an error means that no reader of ours raised: files that are gone, a disk in trouble, or this scan."""
+        if reason := self._unreadable(scan):
+            return self._failed(scan, Keys(), "E_READ", reason)
+        if isinstance(error, OSError):  # not of reading, so of writing: that is no fault of the scan
+            if error.errno in NO_SPACE:
+                raise TemporaryStop("DISK_FULL", where=str(self.folder)) from None
+            raise error
+        # ITK and numpy in trouble with this one scan.
+        code = "OUT_OF_MEMORY" if isinstance(error, MemoryError) else "E_INTERNAL"
+        return self._failed(scan, keys, code, without_paths(f"{type(error).__name__}: {error}"))
+
+    def _unreadable(self, scan: ScanInput) -> str:
+        """Why the files of a scan, or of its baseline, cannot be read just now; empty if they can."""
+        return unreadable(scan) or (unreadable(self.baseline.scan) if self.baseline else "")
 
     def _explained(self, result: ScanResult) -> ScanResult:
         """A scan that the limits refuse, with the numbers that did it: also where it was refused by an earlier run."""
@@ -204,17 +219,22 @@ class _Patient:
 
         return replace(result, detail=refusal_words(result.code, result.qc.get("scan") or {}, self.profile.limits))
 
-    def _reused(self, scan: ScanInput, key: str) -> ScanResult | None:
+    def _left_out(self, scan: ScanInput, keys: Keys) -> ScanResult | None:
+        """A rejected scan as it was made, whatever the baseline is now; None if there is none to look at."""
         folder = self.folder / str(scan.index)
         record = read_record(folder)
-        if record is None or record["key"] != key or not is_intact(folder, record):
+        if record is None or record["recipe_sha256"] != keys.recipe or not is_intact(folder, record):
+            return None
+        return result_of(folder, self._brought_up(scan, folder, record), reused=True)
+
+    def _reused(self, scan: ScanInput, keys: Keys) -> ScanResult | None:
+        folder = self.folder / str(scan.index)
+        record = read_record(folder)
+        if record is None or record["key"] != keys.output or not is_intact(folder, record):
             return None
         if record["status"] in ("refused", "failed") and scan.index in self.retry:
             return None
-        now = {"days": scan.days, "profile_sha256": self.profile.sha256, "profile": profile_to_plain(self.profile)}
-        if any(record[name] != value for name, value in now.items()):  # what does not change a voxel
-            record |= now
-            rewrite_record(folder, record)
+        record = self._brought_up(scan, folder, record)
         result = result_of(folder, record, reused=True)
         pair = result.qc.get("pair")
         if pair and self.baseline and pair["days_between"] != scan.days - self.baseline.scan.days:
@@ -222,58 +242,60 @@ class _Patient:
             write_record(folder, record, result.qc)
         return result
 
-    def _made(self, scan: ScanInput, key: str) -> ScanResult:
+    def _brought_up(self, scan: ScanInput, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+        """The record with what may change without changing a voxel."""
+        now = {"days": scan.days, "profile_sha256": self.profile.sha256, "profile": profile_to_plain(self.profile)}
+        if any(record[name] != value for name, value in now.items()):
+            record |= now
+            rewrite_record(folder, record)
+        return record
+
+    def _made(self, scan: ScanInput, keys: Keys) -> ScanResult:
         if self._new_maker is None:
             raise _SomethingToMakeError
         if self._maker is None:
             self._maker = self._new_maker(self)
         maker, base, folder = self._maker, self.baseline, self.folder / str(scan.index)
         index = base.scan.index if base else None
-        maker.say = lambda name: self._say(StepInHand(scan, name, key, index))
-        record = self._new_record(scan, key) | {"versions": maker.versions}
+        maker.say = lambda name: self._say(StepInHand(scan, name, keys.output, keys.recipe, index))
+        record = self._new_record(scan, keys) | {"versions": maker.versions}
         mask_key = segment_key(scan.source_sha256, self.profile)
         try:
             checked = maker.read_and_check(scan, mask_key)
             if checked.refused:
-                return write_without_outputs(folder, record, "refused", checked.codes, checked.plain_facts())
+                return write_without_outputs(folder, record, "refused", checked.codes, facts=checked.plain_facts())
             if base is None:
                 made = maker.baseline_output(scan, checked)
             else:
                 base_mask = segment_key(base.scan.source_sha256, self.profile)
                 made = maker.follow_up_output(scan, checked, base.scan, base_mask)
         except DataError as error:
-            result = write_without_outputs(folder, record, "refused", [error.code])
-            return replace(result, detail=told(error, scan))
+            if reason := self._unreadable(scan):
+                return self._failed(scan, Keys(), "E_READ", reason)
+            return write_without_outputs(folder, record, "refused", [error.code], detail=told(error, scan))
         record |= write_outputs(folder, made.hu, made.mask, made.pictures)
         record |= made.described | _outcome(made.qc["codes"], made.qc["grade"])
         write_record(folder, record, made.qc)
         return result_of(folder, record, reused=False)
 
-    def _failed(self, scan: ScanInput, key: str, code: str, detail: str) -> ScanResult:
-        """A failed scan with its record. A key of nothing never fits, so that such a scan is tried again by itself."""
-        folder, record = self.folder / str(scan.index), self._new_record(scan, key)
-        try:
-            known = read_record(folder)
-            if known is not None and known["status"] == "failed" and known == {**known, **record, "code": code}:
-                return result_of(folder, known, reused=True)
-            result = write_without_outputs(folder, record, "failed", [code])
-        except OSError as error:
-            if error.errno in _STOPS_THE_RUN:
-                raise TemporaryStop("DISK_FULL", where=str(self.folder)) from None
+    def _failed(self, scan: ScanInput, keys: Keys, code: str, detail: str) -> ScanResult:
+        """A failed scan with its record; what was made of a scan that cannot be read just now is left as it is."""
+        folder, record = self.folder / str(scan.index), self._new_record(scan, keys)
+        known = read_record(folder)
+        if known is not None and known["status"] == "failed" and known == {**known, **record, "code": code}:
+            return result_of(folder, known, reused=True)
+        if code == "E_READ" and known is not None and is_intact(folder, known):
             return ScanResult(scan.index, scan.days, "failed", code, "", detail=detail)
-        return replace(result, detail=detail)
+        try:
+            return write_without_outputs(folder, record, "failed", [code], detail=detail)
+        except OSError as error:
+            if error.errno in NO_SPACE:
+                raise TemporaryStop("DISK_FULL", where=str(self.folder)) from None
+            raise
 
-    def _new_record(self, scan: ScanInput, key: str) -> dict[str, Any]:
+    def _new_record(self, scan: ScanInput, keys: Keys) -> dict[str, Any]:
         baseline = self.baseline.scan.index if self.baseline else None
-        return new_record(self.profile, self.pseudonym, index=scan.index, days=scan.days, key=key, baseline=baseline)
-
-    def _left_out(self, scan: ScanInput) -> ScanResult:
-        """What the record of a rejected scan says; the scan is not touched."""
-        folder = self.folder / str(scan.index)
-        record = read_record(folder)
-        if record is None:
-            return ScanResult(scan.index, scan.days, "refused", "", "", detail="rejected by a person", reused=True)
-        return result_of(folder, record, reused=True)
+        return new_record(self.profile, self.pseudonym, index=scan.index, days=scan.days, keys=keys, baseline=baseline)
 
     def _remove_others(self, indices: Collection[int]) -> None:
         """A scan that was taken out of the cohort must not stay in what training reads."""

@@ -2,6 +2,7 @@
 
     prep/<pseudonym>/<index>/hu.npy  mask.npy  qc.png  qc.jpg  qc.json  step.json
     prep/<pseudonym>/<index>/lung.bin  lung.json       the lung mask on the scan's own grid, kept for the next step
+    prep/<pseudonym>/<index>/damaged                   there if a check found other bytes than were written
 
 `step.json` is written last and removed first, so a folder with one is complete; it holds size and sha256 of every other
 file, and its own. A scan that could not be made has a record too, without files. No clock, path, date or id is in it.
@@ -25,16 +26,29 @@ from fourdvq.preprocessing.profile import Profile, profile_to_plain
 if TYPE_CHECKING:
     import numpy as np
 
-FORMAT = 2
+FORMAT = 3
 PICTURE, SMALL_PICTURE = "qc.png", "qc.jpg"
 Status = Literal["ok", "review", "refused", "failed"]
+DAMAGED = "damaged"
+NUMBERS = "qc.json"
 _SELF = "record_sha256"
 _OUTPUTS = ("hu.npy", "mask.npy", PICTURE, SMALL_PICTURE)
 
 
 @dataclass(frozen=True)
+class Keys:
+    """What a scan's folder is made from: all of it (`output`), and the same whatever the baseline (`recipe`).
+
+    Empty keys never fit, so that a scan recorded under them is tried again by itself.
+    """
+
+    output: str = ""
+    recipe: str = ""
+
+
+@dataclass(frozen=True)
 class ScanResult:
-    """What became of one scan. `detail` is for people at the site: it may name a path."""
+    """What became of one scan. `detail` is for people at the site; it names no path."""
 
     index: int
     days: int
@@ -79,6 +93,17 @@ def output_key(scan_key: str, profile: Profile, baseline_key: str | None) -> str
     return sha256_of([to_plain(p) for p in parts])
 
 
+def recipe_key(scan_key: str, profile: Profile) -> str:
+    """Identity of a scan and of everything in the profile that makes its voxels, whatever its baseline.
+
+    A person who leaves a scan out means this: it holds when another baseline takes over, and lapses with a new export.
+    """
+    versions = profile.step_versions
+    making = [profile.grid, profile.fov, profile.resample, profile.registration, profile.outside_lung]
+    parts = [scan_key, "recipe", versions.resample, versions.register, *making]
+    return sha256_of([to_plain(p) for p in parts])
+
+
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The step record of a scan folder, or None if there is none that can be trusted."""
     try:
@@ -91,11 +116,17 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def is_intact(folder: Path, record: Mapping[str, Any]) -> bool:
-    """Whether the files that a record promises are there with their sizes; contents are looked at by `damaged`."""
+    """Whether the files that a record promises are there with their sizes, and nobody found them damaged.
+
+    The bytes of the large ones are looked at by `damaged`; those of the numbers, which every run reads, here.
+    """
+    if (folder / DAMAGED).exists():
+        return False
     try:
-        return all((folder / name).stat().st_size == file["size"] for name, file in record["files"].items())
+        sizes = all((folder / name).stat().st_size == file["size"] for name, file in record["files"].items())
     except OSError:
         return False
+    return sizes and _file_sha256(folder / NUMBERS) == record["files"][NUMBERS]["sha256"]
 
 
 def damaged(folder: Path, record: Mapping[str, Any]) -> list[str]:
@@ -106,7 +137,7 @@ def damaged(folder: Path, record: Mapping[str, Any]) -> list[str]:
 def read_qc(folder: Path) -> dict[str, Any]:
     """The numbers of a scan; empty if there are none."""
     try:
-        qc = json.loads((folder / "qc.json").read_bytes())
+        qc = json.loads((folder / NUMBERS).read_bytes())
     except (OSError, ValueError):
         return {}
     return qc if isinstance(qc, dict) else {}
@@ -131,9 +162,10 @@ def write_outputs(folder: Path, hu: np.ndarray, mask: np.ndarray, pictures: tupl
 def write_record(folder: Path, record: Mapping[str, Any], qc: Mapping[str, Any]) -> None:
     """Write qc.json, then step.json, which makes the folder complete."""
     numbers = _json(qc)
-    write_atomic(folder / "qc.json", numbers)
-    complete = {**record, "files": {**record.get("files", {}), "qc.json": _described(numbers)}}
+    write_atomic(folder / NUMBERS, numbers)
+    complete = {**record, "files": {**record.get("files", {}), NUMBERS: _described(numbers)}}
     rewrite_record(folder, complete)
+    (folder / DAMAGED).unlink(missing_ok=True)
 
 
 def rewrite_record(folder: Path, record: Mapping[str, Any]) -> None:
@@ -142,12 +174,13 @@ def rewrite_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def new_record(
-    profile: Profile, pseudonym: str, *, index: int, days: int, key: str, baseline: int | None
+    profile: Profile, pseudonym: str, *, index: int, days: int, keys: Keys, baseline: int | None
 ) -> dict[str, Any]:
     """What every record says, whatever became of the scan."""
     return {
         "format": FORMAT,
-        "key": key,
+        "key": keys.output,
+        "recipe_sha256": keys.recipe,
         "pseudonym": pseudonym,
         "index": index,
         "days": days,
@@ -163,15 +196,17 @@ def write_without_outputs(
     record: Mapping[str, Any],
     status: Literal["refused", "failed"],
     codes: Sequence[str],
+    *,
     facts: Mapping[str, Any] | None = None,
+    detail: str = "",
 ) -> ScanResult:
     """Record a scan that gives nothing, so that the next run knows the answer; files of an earlier run would be stale.
 
-    `facts` are the numbers that were measured on the scan before it was refused, if any.
+    `facts` are the numbers that were measured on the scan before it was refused, if any; `detail` says what was found.
     """
     for name in ("step.json", *_OUTPUTS):
         (folder / name).unlink(missing_ok=True)
-    qc = {"scan": facts, "pair": None, "grade": "", "codes": list(codes)}
+    qc = {"scan": facts, "pair": None, "grade": "", "codes": list(codes), "detail": detail}
     outcome = {"status": status, "code": shown_code(codes), "codes": list(codes), "grade": "", "content_sha256": ""}
     complete = {**record, **outcome, "files": {}}
     write_record(folder, complete, qc)
@@ -187,17 +222,19 @@ def forget(folder: Path, *, mask: bool = False) -> None:
 
 def result_of(folder: Path, record: Mapping[str, Any], *, reused: bool) -> ScanResult:
     """The result that a record stands for."""
+    qc = read_qc(folder)
     return ScanResult(
         index=record["index"],
         days=record["days"],
         status=record["status"],
         code=record["code"],
         grade=record["grade"],
-        qc=read_qc(folder),
+        qc=qc,
         content_sha256=record["content_sha256"],
         baseline=record["baseline"],
         codes=tuple(record["codes"]),
         reused=reused,
+        detail=qc.get("detail", ""),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,7 +25,7 @@ from fourdvq.data.datasets import (
 )
 from fourdvq.data.latents import LatentPatient, load_latents, save_latents
 from fourdvq.data.prepared import read_splits, write_splits
-from fourdvq.data.review import approve, decide, reject, rejected_by_patient
+from fourdvq.data.review import approve, decide, read_decisions, reject
 from fourdvq.data.volume import write_nifti
 from fourdvq.errors import CohortError, ModelError
 from fourdvq.preprocessing.pipeline import ScanInput, prepare_patient, write_manifest
@@ -86,7 +87,39 @@ def test_a_follow_up_is_not_read_without_its_baseline(prep):
     assert [p.pseudonym for p in open_prepared(prep).patients] == [Q]
     reject(prep, [(Q, 1)], reason="motion", **BY)
     assert [len(p.scans) for p in open_prepared(prep).patients] == [1]
-    assert rejected_by_patient(prep) == {Q: {1}}
+    assert read_decisions(prep).rejected() == {Q: {recipe(prep, Q, 1)}}
+
+
+def recipe(prep: Path, pseudonym: str, index: int) -> str:
+    return json.loads((prep / pseudonym / str(index) / "step.json").read_text())["recipe_sha256"]
+
+
+def test_decisions_follow_a_scan_when_an_older_export_shifts_the_numbers(prep, tmp_path):
+    first, second = scans(tmp_path, 0)
+    prepare_patient([replace(second, index=0)], TINY, prep, pseudonym=P)
+    write_manifest(prep)
+    approve(prep, [(P, 0)], **BY)
+    third = replace(second, index=1, days=500, path=first.path, mask_path=first.mask_path)
+    prepare_patient([replace(second, index=0), third], TINY, prep, pseudonym=P)
+    write_manifest(prep)
+    reject(prep, [(P, 1)], reason="motion", **BY)
+    rejected = read_decisions(prep).rejected()[P]
+    late = replace(second, index=1)
+    between = replace(second, index=0, days=100, path=tmp_path / "10.nii.gz", mask_path=tmp_path / "10_lung.nii.gz")
+    prepare_patient([between, late, replace(third, index=2)], TINY, prep, pseudonym=P, rejected=rejected)
+    rows = {r["index"]: r for r in write_manifest(prep) if r["pseudonym"] == P}
+    assert {i: r["decision"] for i, r in rows.items()} == {0: "", 1: "", 2: "reject"}
+    prepare_patient([replace(second, index=0), third], TINY, prep, pseudonym=P, rejected=rejected)
+    rows = {r["index"]: r for r in write_manifest(prep) if r["pseudonym"] == P}
+    assert {i: r["decision"] for i, r in rows.items()} == {0: "approve", 1: "reject"}
+
+
+def test_a_rejection_ends_when_it_is_taken_back_or_the_scan_is_approved(prep):
+    reject(prep, [(P, 0), (P, 1)], reason="motion", **BY)
+    decide(prep, [(P, 0)], "redo", **BY)
+    approve(prep, [(P, 1)], **BY)
+    assert read_decisions(prep).rejected() == {}
+    assert [r["decision"] for r in write_manifest(prep)] == ["", "approve", "", ""]
 
 
 def test_a_decision_lapses_when_the_content_changes(prep, tmp_path):
@@ -180,7 +213,7 @@ def test_clinical_rows_say_whether_they_are_complete(prep):
 
 
 def test_time_and_age_count_from_the_new_baseline_if_the_first_scan_is_rejected(prep, tmp_path):
-    prepare_patient(scans(tmp_path, 0), TINY, prep, pseudonym=P, excluded={0})
+    prepare_patient(scans(tmp_path, 0), TINY, prep, pseudonym=P, rejected={recipe(prep, P, 0)})
     write_manifest(prep)
     approve(prep, [(P, 1)], **BY)
     row = {r.pseudonym: r for r in clinical_of(prep)}[P]

@@ -168,9 +168,84 @@ def test_a_bad_scan_is_refused_with_its_code_and_the_next_becomes_the_baseline(s
 
 def test_a_rejected_baseline_gives_way_to_the_next_scan(source, tiny, tmp_path):
     prepare_patient(inputs(source), tiny, tmp_path, pseudonym=NAME)
-    result = prepare_patient(inputs(source), tiny, tmp_path, pseudonym=NAME, excluded={0})
+    rejected = {recipe(tmp_path, 0)}
+    result = prepare_patient(inputs(source), tiny, tmp_path, pseudonym=NAME, rejected=rejected)
     assert [s.baseline for s in result.scans] == [0, 1, 1]
     assert [s.reused for s in result.scans] == [True, False, False]
+    (tmp_path / NAME / "0" / "step.json").unlink()
+    result = prepare_patient(inputs(source), tiny, tmp_path, pseudonym=NAME, rejected=rejected)
+    assert [s.baseline for s in result.scans] == [0, 1, 1]
+    assert [s.reused for s in result.scans] == [False, True, True]
+
+
+def recipe(prep: Path, index: int) -> str:
+    return json.loads((prep / NAME / str(index) / "step.json").read_text())["recipe_sha256"]
+
+
+def test_a_rejection_holds_under_another_baseline_and_not_for_another_export(source, tiny, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "source")
+    prep = tmp_path / "prep"
+    prepare_patient(inputs(folder), tiny, prep, pseudonym=NAME)
+    rejected = {recipe(prep, 0), recipe(prep, 1)}
+    result = prepare_patient(inputs(folder), tiny, prep, pseudonym=NAME, rejected=rejected)
+    assert [s.baseline for s in result.scans] == [0, 0, 2]
+    assert [s.reused for s in result.scans] == [True, True, False]
+    write_scan(folder, "a", scale=0.99)
+    result = prepare_patient(inputs(folder), tiny, prep, pseudonym=NAME, rejected=rejected)
+    assert [s.baseline for s in result.scans] == [0, 0, 0]
+    assert [s.reused for s in result.scans] == [False, True, False]
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_what_was_made_of_a_scan_stays_while_its_files_cannot_be_opened(source, tiny, tmp_path, gone):
+    folder = shutil.copytree(source, tmp_path / "source")
+    prep = tmp_path / "prep"
+    scans = inputs(folder)
+    prepare_patient(scans, tiny, prep, pseudonym=NAME)
+    before = {p: p.read_bytes() for p in prep.rglob("*") if p.is_file()}
+    lost = scans[gone].path.rename(tmp_path / "elsewhere")
+    told = [replace(s, source_sha256="f" * 64) if s.index == gone else s for s in scans]  # hashed before it went away
+    for these in (scans, told):
+        result = prepare_patient(these, tiny, prep, pseudonym=NAME)
+        assert [s.status for s in result.scans][gone:] == ["failed"] * (3 if gone == 0 else 1) + ["ok"] * gone
+        assert result.scans[gone].code == "E_READ"
+        assert str(tmp_path) not in result.scans[gone].detail
+        assert {p: p.read_bytes() for p in prep.rglob("*") if p.is_file()} == before
+    lost.rename(scans[gone].path)
+    assert all(s.reused for s in prepare_patient(scans, tiny, prep, pseudonym=NAME).scans)
+
+
+def test_a_series_that_vanishes_while_it_is_read_is_no_damaged_one(demo, tmp_path):
+    scan, _ = chest(SIZE)
+    write_series(tmp_path / "series", scan)
+    threshold = replace(demo, segmentation=replace(demo.segmentation, method="threshold"))
+    files = tuple(sorted((tmp_path / "series").iterdir()))
+    job = ScanInput(0, 0, tmp_path / "series", kind="dicom", source_sha256="f" * 64, files=files)
+    shutil.move(tmp_path / "series", tmp_path / "gone")
+    result = prepare_patient([job], threshold, tmp_path / "prep", pseudonym=NAME)
+    assert (result.scans[0].status, result.scans[0].code) == ("failed", "E_READ")
+    shutil.move(tmp_path / "gone", tmp_path / "series")
+    files[3].write_bytes(files[3].read_bytes()[:400])
+    result = prepare_patient([job], threshold, tmp_path / "prep", pseudonym=NAME)
+    assert (result.scans[0].status, result.scans[0].code) == ("refused", "E_CORRUPT")
+
+
+def test_the_reason_of_a_refusal_is_told_by_every_run(source, tiny, tmp_path):
+    broken = tmp_path / "broken.nii.gz"
+    broken.write_bytes((source / "a.nii.gz").read_bytes()[:2000])
+    scans = [replace(inputs(source, "a")[0], path=broken)]
+    first, second = (prepare_patient(scans, tiny, tmp_path / "prep", pseudonym=NAME).scans[0] for _ in range(2))
+    assert second.reused
+    assert second.detail == first.detail != ""
+
+
+def test_numbers_that_were_changed_are_not_believed(source, tiny, tmp_path):
+    first = prepare_patient(inputs(source, "ab"), tiny, tmp_path, pseudonym=NAME)
+    path = tmp_path / NAME / "1" / "qc.json"
+    path.write_text(path.read_text().replace("lung_ml", "lung_mm"))
+    again = prepare_patient(inputs(source, "ab"), tiny, tmp_path, pseudonym=NAME)
+    assert [s.reused for s in again.scans] == [True, False]
+    assert again.scans[1].qc == first.scans[1].qc
 
 
 def test_a_scan_that_left_the_cohort_leaves_the_folder(source, tiny, tmp_path):
@@ -197,7 +272,8 @@ def test_limits_refuse_review_or_warn_as_the_profile_says(source, tiny, tmp_path
     assert scan.status == {"E": "refused", "V": "review", "W": "ok"}[expected[0]]
     assert bool(scan.content_sha256) == (scan.status != "refused")
     again = prepare_patient(inputs(source, "a"), profile, tmp_path, pseudonym=NAME).scans[0]
-    assert (again.reused, again.detail) == (True, "10 mm, at most 2.5 mm expected" if expected == "E_THICK" else "")
+    told = {"E_THICK": "10 mm, at most 2.5 mm expected", "E_FOV": "the scan: 300 mm along z"}
+    assert (again.reused, again.detail) == (True, told.get(expected, ""))
 
 
 def test_one_lung_a_cut_field_and_a_wrong_intercept_are_seen(tiny, tmp_path):
@@ -239,7 +315,7 @@ def test_a_scan_with_much_less_lung_than_all_others_goes_to_review(source, tiny,
 
 def test_the_manifest_is_rebuilt_from_the_records_and_keeps_failed_scans(source, tiny, tmp_path):
     prepare_patient(inputs(source, "ab"), tiny, tmp_path, pseudonym=NAME)
-    step = StepInHand(ScanInput(0, 0, tmp_path / "lost"), "segment", "a" * 64, None)
+    step = StepInHand(ScanInput(0, 0, tmp_path / "lost"), "segment", "a" * 64, "b" * 64, None)
     record_failure(step, tiny, tmp_path / "ffffffffffff", "OUT_OF_MEMORY")
     assert len(write_manifest(tmp_path)) == 3
     first = (tmp_path / "manifest.csv").read_bytes()

@@ -129,6 +129,13 @@ def test_a_changed_byte_is_named_leaves_the_manifest_and_is_made_again_with_its_
         {"scan": f"{name}/2", "files": ["step.json"]},
     ]
     assert len(manifest(root)) == len(before) - 2
+    data[len(data) // 2] ^= 1
+    hu.write_bytes(data)  # brought back from a copy
+    assert [d["scan"] for d in call(root, "preprocess", "--verify")[1]["damaged"]] == [f"{name}/2"]
+    assert len(manifest(root)) == len(before) - 1
+    data[-1] ^= 1
+    hu.write_bytes(data)
+    assert call(root, "preprocess", "--verify")[0] == 3
     code, found, _ = call(root, "preprocess")
     assert (code, found["reused"]) == (0, len(before) - 2)
     assert {(r["pseudonym"], r["index"]): r["content_sha256"] for r in manifest(root)} == before
