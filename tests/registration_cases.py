@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,47 @@ def planted(folder: Path, seed: int, *, largest_mm: float = 20.0, noise_hu: floa
     moving(y) = fixed(y + b(y)): both are read from the original voxels with the same cubic spline, so they are equally
     sharp. `largest_mm` is the greatest |b| in the lung.
     """
+    return _planted(folder, seed, largest_mm, noise_hu)[0]
+
+
+@dataclass(frozen=True)
+class RimCase:
+    """A planted motion whose second scan has a new dense rim under the pleura of its lower lungs."""
+
+    case: PairCase
+    rim: Callable[[np.ndarray], np.ndarray]  # which points (N, 3) of the second scan lie in it, in LPS mm
+
+    def kept(self, transform: sitk.Transform) -> float:
+        """The rim that a map brings to the baseline's lung over the rim that the true one brings; 1 keeps all of it."""
+        assert self.case.truth is not None
+        return float(self.rim(moved(transform, self.case.points)).sum() / self.rim(self.case.truth).sum())
+
+
+def rimmed(folder: Path, seed: int, *, thickness_mm: float, hu: float = -250.0) -> RimCase:
+    """As `planted`, with a rim of `hu` give or take 150 HU: tissue as bright as the chest wall behind it."""
+    case, raw, nodes = _planted(folder, seed, 12.0, 10.0)
+    depth = ndimage.distance_transform_edt(case.fixed_mask, sampling=case.fixed.spacing)
+    low = np.quantile(np.argwhere(case.fixed_mask)[:, 0], 0.4)
+    rng = np.random.default_rng(seed)
+    texture = ndimage.gaussian_filter(rng.normal(size=case.fixed_mask.shape), 2.4)
+
+    def rim_at(index: np.ndarray) -> np.ndarray:  # of voxels of the second scan, (3, N)
+        there = 2 * (index / 2 + _looked_up(nodes, index / 2))
+        below = ndimage.map_coordinates(depth, there, order=1)
+        return (below > 0) & (below < thickness_mm) & (there[0] < low)
+
+    def rim(points: np.ndarray) -> np.ndarray:
+        return rim_at(((points - np.array(raw.origin))[:, ::-1] / np.array(raw.spacing) * 2).T)
+
+    every = np.stack(np.meshgrid(*[np.arange(n, dtype=float) for n in case.moving_mask.shape], indexing="ij"))
+    ill = rim_at(every.reshape(3, -1)).reshape(case.moving_mask.shape) & case.moving_mask
+    dense = np.maximum(case.moving.hu, hu + 150 * texture / texture.std())
+    values = np.where(ill, np.clip(np.rint(dense), -1024, 3071), case.moving.hu).astype(np.int16)
+    return RimCase(replace(case, moving=replace(case.moving, hu=values)), rim)
+
+
+def _planted(folder: Path, seed: int, largest_mm: float, noise_hu: float) -> tuple[PairCase, Volume, np.ndarray]:
+    """The case, ct-64 itself, and b (3, D, H, W) in its voxels."""
     raw = read_volume(folder / "cip" / "ct-64.nrrd")
     lung = read_mask(folder / "cip" / "wholeLung-64.nrrd").hu > 0
     rng, step = np.random.default_rng(seed), np.array(raw.spacing)
@@ -64,7 +106,8 @@ def planted(folder: Path, seed: int, *, largest_mm: float = 20.0, noise_hu: floa
     for _ in range(60):  # y = x - b(y); b is a contraction
         went = points - _looked_up(nodes, went.T).T
     fixed, moving = (_volume(image, raw) for image in images)
-    return PairCase(fixed, masks[0], moving, masks[1], _lps(points, raw), _lps(went, raw))
+    case = PairCase(fixed, masks[0], moving, masks[1], _lps(points, raw), _lps(went, raw))
+    return case, raw, nodes
 
 
 def real_pair(folder: Path, *, same_scan: bool) -> PairCase:

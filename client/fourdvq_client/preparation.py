@@ -176,9 +176,8 @@ def verify_site(
         damaged += found
         if progress is not None:
             progress(done, len(mine))
-    if damaged:
-        with tables_locked(workspace):
-            write_manifest(prep)
+    with tables_locked(workspace):
+        write_manifest(prep)
     return Verification(len(mine), scans, tuple(damaged))
 
 

@@ -107,13 +107,6 @@ def open_prepared(prep: Path) -> PreparedCohort:
     return PreparedCohort(patients, sha256_of(identity), profiles[0])
 
 
-def read_window(prep: Path) -> tuple[float, float]:
-    """The HU window of the profile that the folder was made under."""
-    plain = json.loads((prep / "manifest.json").read_text(encoding="utf-8"))
-    low, high = plain["profile"]["window_hu"]
-    return float(low), float(high)
-
-
 def load_acquisition(scan: PreparedScan) -> Acquisition | None:
     """How a scan was taken, from the numbers that preparation kept beside it; None where it kept none."""
     try:

@@ -36,14 +36,18 @@ class Decisions:
             self._last_of_recipe[recipe] = row["decision"]
 
     def about(self, scan: Mapping[str, Any]) -> str:
-        """The decision about a row of the manifest; empty if there is none, it has lapsed or was taken back."""
+        """The decision about a row of the manifest; empty if there is none, it has lapsed or was taken back.
+
+        An approval that nobody looked at ends with the grade that it was given for.
+        """
         if not scan["content_sha256"]:
             return ""
         none = (0, "")
         of_content = self._about_content.get((scan["pseudonym"], scan["content_sha256"]), none)
         of_recipe = self._about_recipe.get((scan["pseudonym"], scan["recipe_sha256"]), none)
         _, decision = max(of_content, of_recipe)
-        return "" if decision == "redo" else decision
+        lapsed = decision == "redo" or (decision == "auto" and scan["grade"] != "PASS")
+        return "" if lapsed else decision
 
     def rejected(self) -> dict[str, frozenset[str]]:
         """The recipes that each patient's scans may not be used under, for `prepare_patient(rejected=...)`."""

@@ -25,6 +25,8 @@ MAX_FOLD_PERCENT = (0.1, 1.0)  # pass below the first, fail above the second
 NCC_ALIGNED = 0.98  # a pair that starts this well need not gain
 MAX_INVERSE_P95_MM = 4.0
 MAX_VOLUME_CHANGE_PERCENT = 35.0
+MAX_SURFACE_VOXELS = 2.0  # of the working grid, 95th percentile
+DICE_LOSS = 0.005  # an overlap that only rounding took away
 
 
 def scan_codes(facts: ScanFacts, limits: LimitsSpec, *, method: str) -> list[str]:
@@ -73,13 +75,20 @@ def refusal_words(code: str, facts: Mapping[str, Any], limits: LimitsSpec) -> st
 
 
 def pair_grade(found: Registration, limits: LimitsSpec) -> Grade:
-    """PASS, REVIEW or FAIL of a registration: overlap, folding, gain over the centroid shift, and its own inverse."""
+    """PASS, REVIEW or FAIL of a registration.
+
+    By overlap, the distance of the outlines, folding, the gain over the centroid shift, and its own inverse.
+    """
+    if found.gave_up:
+        return "FAIL"
     after, gain, fold = found.after, found.after.ncc - found.before.ncc, found.facts.fold_percent
     aligned = after.ncc >= NCC_ALIGNED
     if after.dice < limits.fail_dice or fold > MAX_FOLD_PERCENT[1] or (gain < 0 and not aligned):
         return "FAIL"
+    outline = found.surface_p95_mm is not None and found.surface_p95_mm < MAX_SURFACE_VOXELS * found.spacing_mm
+    kept = outline and after.dice >= found.before.dice - DICE_LOSS
     undone = found.consistency is None or found.consistency.p95_mm < MAX_INVERSE_P95_MM
-    if after.dice >= limits.pass_dice and fold < MAX_FOLD_PERCENT[0] and (gain > 0 or aligned) and undone:
+    if after.dice >= limits.pass_dice and fold < MAX_FOLD_PERCENT[0] and (gain > 0 or aligned) and undone and kept:
         return "PASS"
     return "REVIEW"
 

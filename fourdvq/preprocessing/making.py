@@ -26,7 +26,7 @@ from fourdvq.preprocessing.inputs import ScanInput, load_input
 from fourdvq.preprocessing.pictures import pair_picture, scan_picture
 from fourdvq.preprocessing.profile import Profile, SegmentationSpec, require_supported
 from fourdvq.preprocessing.quality import ScanFacts, coverage_mm, pair_numbers, scan_facts
-from fourdvq.preprocessing.registration import Registration, register
+from fourdvq.preprocessing.registration import Registration, backend_named, register_or_centre
 from fourdvq.preprocessing.segmentation import Segmenter, segmenter
 from fourdvq.preprocessing.stored_masks import keep_mask, load_mask
 from fourdvq.preprocessing.target import Target, follow_up_on_grid, on_target_grid
@@ -135,7 +135,7 @@ class Maker:
         _, based, target = self._baseline
         self.say("register")
         spec = profile.registration
-        found = register(based.volume, based.mask, checked.volume, checked.mask, spec, device=self._device)
+        found = register_or_centre(based.volume, based.mask, checked.volume, checked.mask, spec, device=self._device)
         self.say("resample")
         view = follow_up_on_grid(checked.volume, found, target, profile)
         self.say("pictures")
@@ -161,7 +161,7 @@ class Maker:
         profile = self._profile
         grade = pair_grade(found, profile.limits)
         change = 100 * (checked.facts.lung_ml / base.facts.lung_ml - 1)
-        asks_affine = profile.registration.backend != "none"
+        asks_affine = backend_named(profile.registration.backend).affine
         codes = [*checked.codes, *pair_codes(found, grade, asks_affine=asks_affine, volume_change_percent=change)]
         pair = {"grade": grade, **pair_numbers(found), "volume_change_percent": change, "days_between": days}
         return {"scan": checked.plain_facts(), "pair": pair, "codes": codes, "grade": grade_of(codes, grade)}
@@ -190,6 +190,7 @@ def _pair_lines(qc: dict[str, Any], base: CheckedScan) -> list[str]:
     pair, lung = qc["pair"], qc["scan"]["lung_ml"]
     lines = [
         f"registration {pair['grade']}",
+        *([f"gave up: {pair['gave_up']}"] if pair["gave_up"] else []),
         f"overlap (Dice) {pair['dice_before']:.2f} to {pair['dice']:.3f}",
         f"correlation {pair['ncc_before']:.2f} to {pair['ncc']:.2f}",
         f"lung {base.facts.lung_ml:.0f} to {lung:.0f} ml ({pair['volume_change_percent']:+.0f} %)",

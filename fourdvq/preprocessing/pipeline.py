@@ -8,13 +8,14 @@ the records; the making is in `fourdvq.preprocessing.making` and is imported onl
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fourdvq.errors import ConfigError, DataError, TemporaryStop
+from fourdvq.errors import ConfigError, DataError, ModelError, TemporaryStop
 from fourdvq.preprocessing.inputs import ScanInput, scan_inputs, source_key, told, unreadable, without_paths
 from fourdvq.preprocessing.manifest import write_manifest
 from fourdvq.preprocessing.profile import Profile, profile_to_plain
@@ -58,6 +59,7 @@ __all__ = [
 ]
 
 FORCED_STEPS = ("segment", "register", "resample")
+_NO_MEMORY = re.compile(r"out of memory|allocate memory|bad.?alloc", re.IGNORECASE)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -186,9 +188,9 @@ class _Patient:
             keys = Keys(output, recipe_key(scan_key, self.profile))
             left_out = keys.recipe in rejected
             result = (left_out and self._left_out(scan, keys)) or self._reused(scan, keys) or self._made(scan, keys)
-        except (OSError, RuntimeError, MemoryError, ValueError, ArithmeticError, IndexError) as error:
-            if isinstance(error, ConfigError):
-                raise
+        except (_SomethingToMakeError, ConfigError, ModelError, TemporaryStop):
+            raise
+        except Exception as error:  # image libraries, drivers and plug-ins fail in many ways; each is about this scan
             left_out, result = False, self._fallen(scan, keys, error)
         if self.baseline is None and not left_out:
             if result.status == "failed":
@@ -205,8 +207,7 @@ class _Patient:
             if error.errno in NO_SPACE:
                 raise TemporaryStop("DISK_FULL", where=str(self.folder)) from None
             raise error
-        # ITK and numpy in trouble with this one scan.
-        code = "OUT_OF_MEMORY" if isinstance(error, MemoryError) else "E_INTERNAL"
+        code = "OUT_OF_MEMORY" if _is_out_of_memory(error) else "E_INTERNAL"
         return self._failed(scan, keys, code, without_paths(f"{type(error).__name__}: {error}"))
 
     def _unreadable(self, scan: ScanInput) -> str:
@@ -330,6 +331,11 @@ class _Patient:
     def _say(self, step: StepInHand) -> None:
         if self.on_step is not None:
             self.on_step(step)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch and ITK say so in words only."""
+    return isinstance(error, MemoryError) or bool(_NO_MEMORY.search(str(error)))
 
 
 def _outcome(codes: list[str], grade: str) -> dict[str, object]:

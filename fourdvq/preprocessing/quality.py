@@ -70,16 +70,18 @@ def scan_facts(scan: Volume, mask: np.ndarray, *, thickness_mm: float, filled_sl
     )
 
 
-def pair_numbers(found: Registration) -> dict[str, float | int | None]:
+def pair_numbers(found: Registration) -> dict[str, float | int | str | None]:
     """What is known about a registration, flat and by name; None where the backend does not measure it."""
     undone, keypoints = found.consistency, found.keypoints
     return {
+        "gave_up": found.gave_up,
         "dice_unaligned": found.unaligned.dice,
         "dice_before": found.before.dice,
         "dice": found.after.dice,
         "ncc_unaligned": found.unaligned.ncc,
         "ncc_before": found.before.ncc,
         "ncc": found.after.ncc,
+        "surface_p95_mm": found.surface_p95_mm,
         "mind_before": found.mind_before,
         "mind_after": found.mind_after,
         "displacement_mean_mm": found.facts.mean_mm,

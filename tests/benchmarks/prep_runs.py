@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from _common import REPOSITORY, clock, cpu_seconds, figure, quartiles  # type: ignore[import-not-found]
 
-from fourdvq.data.datasets import ScanDataset, open_prepared, read_window
+from fourdvq.data.datasets import ScanDataset, open_prepared
 from fourdvq.data.review import decide
 from fourdvq.data.volume import Volume, write_nifti
 from fourdvq.models.vqgan import VQGAN3d
@@ -197,7 +197,7 @@ def _verified(prep: Path) -> dict[str, Any]:
 
 def _loader(prep: Path) -> list[dict[str, Any]]:
     scans = open_prepared(prep).scans("train")
-    window = read_window(prep)
+    window = (-1000.0, 400.0)
     kept = ScanDataset(scans, window)
     for i in range(len(kept)):
         kept[i]

@@ -9,7 +9,7 @@ import pytest
 
 from fourdvq.preprocessing.profile import RegistrationSpec
 from fourdvq.preprocessing.registration import Registration, register
-from registration_cases import PairCase, planted, real_pair
+from registration_cases import PairCase, planted, real_pair, rimmed
 
 
 def aligned(case: PairCase, spec: RegistrationSpec) -> Registration:
@@ -25,6 +25,16 @@ def test_a_planted_motion_of_eight_millimetres_is_found_on_a_coarse_grid(real_da
     assert errors.mean() < 0.9
     assert np.percentile(errors, 95) < 1.6
     assert found.facts.fold_percent < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("thickness_mm", "least"), [(6.0, 0.75), (12.0, 0.95)])
+def test_new_dense_tissue_under_the_pleura_stays_in_the_lung(real_data: Path, thickness_mm: float, least: float):
+    """By HU alone the inner edge of the rim is taken for the pleura: then 0.65 and 0.6 of it are left."""
+    ill = rimmed(real_data, 3, thickness_mm=thickness_mm)
+    found = aligned(ill.case, RegistrationSpec(preset="fast", spacing_mm=2.5))
+    assert least < ill.kept(found.transform) < 1.1
+    assert ill.case.errors(found.transform).mean() < 1.0
 
 
 @pytest.mark.slow

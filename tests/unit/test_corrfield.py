@@ -35,7 +35,8 @@ def lung(shape: tuple[int, int, int] = SIZE, *, noise: float = 0.0, seed: int = 
 def pair(fixed, mask, moving, moving_mask=None, *, spacing: float = 2.0, direction=IDENTITY) -> AlignedPair:
     grid = Grid(fixed.shape, (spacing,) * 3, (-40.0, 10.0, 300.0), direction)
     moving_mask = mask if moving_mask is None else moving_mask
-    return AlignedPair(grid, fixed, mask, moving.astype(np.float32), moving_mask)
+    shares = mask.astype(np.float32), moving_mask.astype(np.float32)
+    return AlignedPair(grid, fixed, shares[0], moving.astype(np.float32), shares[1])
 
 
 def vectors(found: FoundField) -> np.ndarray:
@@ -125,7 +126,7 @@ def test_the_field_follows_the_spacing_and_the_direction_of_the_grid(bent):
     scans, _ = bent
     turned = spatial.transform.Rotation.from_euler("xyz", [0.1, -0.2, 0.7]).as_matrix()
     grid = Grid(SIZE, (1.0,) * 3, (7.0, 8.0, 9.0), tuple(turned.ravel()))
-    other = AlignedPair(grid, scans.fixed, scans.fixed_mask, scans.moving, scans.moving_mask)
+    other = AlignedPair(grid, scans.fixed, scans.fixed_share, scans.moving, scans.moving_share)
     small = corrfield_field(other, RegistrationSpec(**{**vars(FAST), "spacing_mm": 1.0}))
     # The ridge of the spline is a length squared, so stiffness is not quite the same.
     difference = vectors(corrfield_field(scans, FAST)) / 2.0 - vectors(small) @ turned

@@ -21,7 +21,6 @@ from fourdvq.data.datasets import (
     load_lung,
     load_x01,
     open_prepared,
-    read_window,
 )
 from fourdvq.data.latents import LatentPatient, load_latents, save_latents
 from fourdvq.data.prepared import read_splits, write_splits
@@ -78,7 +77,6 @@ def test_approved_scans_come_in_time_order_with_years_from_the_first(prep):
     assert [s.years for s in cohort.of("train")[0].scans] == [0.0, 180 / 365.25]
     assert cohort.profile_sha256 == TINY.sha256
     assert len(cohort.scans("train", "test")) == 4
-    assert read_window(prep) == WINDOW
     assert read_splits(prep) == {P: "train", Q: "test"}
 
 
@@ -112,6 +110,15 @@ def test_decisions_follow_a_scan_when_an_older_export_shifts_the_numbers(prep, t
     prepare_patient([replace(second, index=0), third], TINY, prep, pseudonym=P, rejected=rejected)
     rows = {r["index"]: r for r in write_manifest(prep) if r["pseudonym"] == P}
     assert {i: r["decision"] for i, r in rows.items()} == {0: "approve", 1: "reject"}
+
+
+def test_an_approval_without_a_look_ends_with_its_grade_and_a_persons_does_not(prep):
+    rows = write_manifest(prep)
+    decide(prep, [(P, 0)], "auto", **BY)
+    approve(prep, [(P, 1)], **BY)
+    decisions = read_decisions(prep)
+    assert [decisions.about({**r, "grade": "PASS"}) for r in rows[:2]] == ["auto", "approve"]
+    assert [decisions.about({**r, "grade": "REVIEW"}) for r in rows[:2]] == ["", "approve"]
 
 
 def test_a_rejection_ends_when_it_is_taken_back_or_the_scan_is_approved(prep):

@@ -25,6 +25,7 @@ from fourdvq.preprocessing.inputs import SourceHashes
 from fourdvq.preprocessing.pipeline import (
     ScanInput,
     StepInHand,
+    _is_out_of_memory,
     prepare_patient,
     record_failure,
     scan_inputs,
@@ -237,6 +238,26 @@ def test_the_reason_of_a_refusal_is_told_by_every_run(source, tiny, tmp_path):
     first, second = (prepare_patient(scans, tiny, tmp_path / "prep", pseudonym=NAME).scans[0] for _ in range(2))
     assert second.reused
     assert second.detail == first.detail != ""
+
+
+def test_a_pair_that_cannot_be_registered_waits_for_a_person_with_its_lungs_centred(source, tiny, tmp_path):
+    coarse = replace(tiny.registration, backend="corrfield", spacing_mm=12.0)  # fewer than 100 places to hold on to
+    result = prepare_patient(inputs(source, "ab"), replace(tiny, registration=coarse), tmp_path, pseudonym=NAME)
+    scan = result.scans[1]
+    assert (scan.status, scan.grade, scan.code) == ("review", "FAIL", "V_REG")
+    assert "keypoints" in scan.qc["pair"]["gave_up"]
+    assert scan.qc["pair"]["dice"] == scan.qc["pair"]["dice_before"] > 0.8
+    assert (tmp_path / NAME / "1" / "qc.png").is_file()
+    assert np.corrcoef(arrays(tmp_path, 1)[0].ravel(), arrays(tmp_path, 0)[0].ravel())[0, 1] > 0.8
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), RuntimeError("CUDA out of memory.")],
+)
+def test_too_little_memory_is_known_by_its_words(error):
+    assert _is_out_of_memory(error)
+    assert not _is_out_of_memory(RuntimeError("an axis is out of range"))
 
 
 def test_numbers_that_were_changed_are_not_believed(source, tiny, tmp_path):

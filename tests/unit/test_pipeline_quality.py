@@ -23,7 +23,14 @@ def facts():
 
 
 def registration(
-    dice: float, ncc: float, fold: float = 0.0, before: float = 0.5, inverse: float | None = None, kept: bool = True
+    dice: float,
+    ncc: float,
+    fold: float = 0.0,
+    before: float = 0.5,
+    inverse: float | None = None,
+    kept: bool = True,
+    surface: float | None = 2.0,
+    gave_up: str = "",
 ) -> Registration:
     still = sitk.Transform()
     return Registration(
@@ -33,13 +40,16 @@ def registration(
         affine_kept=kept,
         field=None,
         unaligned=Overlap(0.5, 0.1),
-        before=Overlap(0.9, before),
+        before=Overlap(0.9 if dice < 0.97 else 0.988, before),
         after=Overlap(dice, ncc),
+        spacing_mm=1.75,
+        surface_p95_mm=surface,
         facts=FieldFacts(1.0, 2.0, fold, 0.1),
         mind_before=0.2,
         mind_after=0.1,
         consistency=None if inverse is None else Consistency(inverse / 2, inverse),
         keypoints=None,
+        gave_up=gave_up,
     )
 
 
@@ -58,6 +68,11 @@ def registration(
         (registration(0.96, 0.9, inverse=3.99), "PASS"),
         (registration(0.96, 0.9, inverse=4.0), "REVIEW"),
         (registration(0.89, 0.9, inverse=1.0), "FAIL"),
+        (registration(0.98, 0.9, surface=3.49), "REVIEW"),  # the overlap fell
+        (registration(0.986, 0.9, surface=3.49), "PASS"),
+        (registration(0.986, 0.9, surface=3.5), "REVIEW"),
+        (registration(0.986, 0.9, surface=None), "REVIEW"),
+        (registration(0.99, 0.985, before=0.99, gave_up="12 keypoints in the lung"), "FAIL"),
     ],
 )
 def test_a_pair_is_graded_by_overlap_folding_and_gain(found, grade):

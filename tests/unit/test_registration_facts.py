@@ -13,7 +13,7 @@ from scipy import ndimage, spatial
 from fourdvq.errors import RegistrationError
 from fourdvq.preprocessing.profile import RegistrationSpec
 from fourdvq.preprocessing.registration import jacobian_determinant, register
-from fourdvq.preprocessing.registration.facts import consistency
+from fourdvq.preprocessing.registration.facts import consistency, surface_p95_mm
 from fourdvq.preprocessing.registration.mind import gaussian_taps, mind_distance, mind_ssc
 from synthetic_lungs import chest
 
@@ -31,6 +31,16 @@ def constant_field(u_xyz: tuple[float, float, float], direction: np.ndarray | No
     if direction is not None:
         field.SetDirection(direction.ravel().tolist())
     return field
+
+
+def test_the_distance_of_two_outlines_is_that_of_their_surfaces_and_not_of_their_volumes():
+    a = np.zeros((20, 20, 20), dtype=bool)
+    a[4:16, 4:16, 4:16] = True
+    b = np.zeros_like(a)
+    b[4:16, 4:16, 7:16] = True
+    assert surface_p95_mm(a, a, (2.0, 1.0, 1.0)) == 0.0
+    assert surface_p95_mm(a, b, (2.0, 1.0, 1.0)) == surface_p95_mm(b, a, (2.0, 1.0, 1.0)) == 3.0
+    assert surface_p95_mm(a, np.zeros_like(a), (1.0, 1.0, 1.0)) is None
 
 
 def test_features_in_the_middle_follow_the_published_formula():

@@ -6,7 +6,7 @@ function and one line in `backends.BACKENDS`, or an entry point of another packa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import SimpleITK as sitk
@@ -22,6 +22,7 @@ from fourdvq.preprocessing.registration.align import (
     overlap,
     warped,
     warped_mask,
+    warped_share,
     working_pair,
 )
 from fourdvq.preprocessing.registration.backends import (
@@ -39,6 +40,7 @@ from fourdvq.preprocessing.registration.facts import (
     consistency,
     field_facts,
     jacobian_determinant,
+    surface_p95_mm,
 )
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "field_facts",
     "jacobian_determinant",
     "register",
+    "register_or_centre",
 ]
 
 
@@ -72,11 +75,14 @@ class Registration:
     unaligned: Overlap
     before: Overlap
     after: Overlap
+    spacing_mm: float  # of the working grid
+    surface_p95_mm: float | None  # between the lungs' surfaces after it; None if a lung is empty
     facts: FieldFacts
     mind_before: float  # mean squared MIND-SSC distance in the fixed lung, under `start`
     mind_after: float
     consistency: Consistency | None  # None without a field
     keypoints: KeypointFacts | None  # None for a backend without keypoints
+    gave_up: str = ""  # why the backend found nothing; the transform is then the centroid shift alone
 
 
 def register(
@@ -100,7 +106,7 @@ def register(
     unaligned = overlap(pair, sitk.Transform())
     start = centroid_shift(pair)
     before = overlap(pair, start)
-    if before.dice <= 0.1:
+    if before.dice <= 0.1 and (backend.affine or backend.field):
         raise RegistrationError("E_REG", where="the centroid step", found=f"Dice {before.dice:.2f}")
     mind_before = mind_distance(pair.fixed, warped(pair, start), pair.fixed_mask, device)
     linear, kept = _guarded_affine(pair, start, before, spec) if backend.affine else (start, False)
@@ -115,12 +121,34 @@ def register(
         unaligned=unaligned,
         before=before,
         after=overlap(pair, transform),
+        spacing_mm=spec.spacing_mm,
+        surface_p95_mm=surface_p95_mm(pair.fixed_mask, warped_mask(pair, transform), pair.grid.spacing),
         facts=facts,
         mind_before=mind_before,
         mind_after=mind_distance(pair.fixed, warped(pair, transform), pair.fixed_mask, device),
         consistency=undone,
         keypoints=found.keypoints if found else None,
     )
+
+
+def register_or_centre(
+    fixed: Volume,
+    fixed_mask: np.ndarray,
+    moving: Volume,
+    moving_mask: np.ndarray,
+    spec: RegistrationSpec,
+    *,
+    device: str = "cpu",
+) -> Registration:
+    """As `register`; where it gives up, the centroid shift alone and why, so that a person has something to look at.
+
+    Raises RegistrationError E_REG for a constant scan only.
+    """
+    try:
+        return register(fixed, fixed_mask, moving, moving_mask, spec, device=device)
+    except RegistrationError as error:
+        centred = register(fixed, fixed_mask, moving, moving_mask, replace(spec, backend="none"), device=device)
+        return replace(centred, gave_up=error.found or error.code)
 
 
 def compose(linear: sitk.Transform, field: sitk.Image) -> sitk.Transform:
@@ -135,7 +163,7 @@ def _deformed(
     """The field after the linear map, its facts, and how well the same backend with the roles exchanged undoes it."""
     if backend.field is None:
         return None, FieldFacts(0.0, 0.0, 0.0, 0.0), None
-    aligned = AlignedPair(pair.grid, pair.fixed, pair.fixed_mask, warped(pair, linear), warped_mask(pair, linear))
+    aligned = AlignedPair(pair.grid, pair.fixed, pair.fixed_share, warped(pair, linear), warped_share(pair, linear))
     found = backend.field(aligned, spec, device)
     facts = field_facts(found.u, pair.fixed_mask)
     back = backend.field(aligned.exchanged(), spec, device)

@@ -5,6 +5,8 @@ Convention everywhere: T maps baseline (fixed) points to follow-up (moving) poin
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +37,7 @@ class WorkingPair:
     grid: Grid
     fixed: np.ndarray  # HU float32 (D, H, W) on the grid
     fixed_mask: np.ndarray  # bool (D, H, W)
+    fixed_share: np.ndarray  # float32 (D, H, W), share of lung in a voxel
     moving: sitk.Image  # HU float32
     moving_mask: sitk.Image  # float32, share of lung in a voxel
 
@@ -54,10 +57,12 @@ def working_pair(
     grid = grid_of_spacing(fixed, lung_box(fixed_mask, fixed.spacing, spec.margin_mm), spec.spacing_mm)
     wide = lung_box(moving_mask, moving.spacing, spec.margin_mm + MOVING_MARGIN_MM)
     moving_grid = grid_of_spacing(moving, wide, spec.spacing_mm)
+    fixed_share = _lung_share(fixed, fixed_mask, grid)
     return WorkingPair(
         grid=grid,
         fixed=_clamped(fixed, grid, spec),
-        fixed_mask=_lung_share(fixed, fixed_mask, grid) >= 0.5,
+        fixed_mask=fixed_share >= 0.5,
+        fixed_share=fixed_share,
         moving=_on_grid(_clamped(moving, moving_grid, spec), moving_grid),
         moving_mask=_on_grid(_lung_share(moving, moving_mask, moving_grid), moving_grid),
     )
@@ -97,10 +102,22 @@ def affine(pair: WorkingPair, start: sitk.AffineTransform, spec: RegistrationSpe
     transform = sitk.AffineTransform(start)
     method.SetInitialTransform(transform, inPlace=True)
     try:
-        method.Execute(_on_grid(pair.fixed, pair.grid), pair.moving)
+        with itk_on_one_thread():  # filters inside the method look at the global number
+            method.Execute(_on_grid(pair.fixed, pair.grid), pair.moving)
     except RuntimeError:
         raise RegistrationError("E_REG", where="the affine step", found="no overlap left") from None
     return transform
+
+
+@contextlib.contextmanager
+def itk_on_one_thread() -> Iterator[None]:
+    """Results of one thread, whatever the process is set to."""
+    before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
 
 
 def overlap(pair: WorkingPair, transform: sitk.Transform) -> Overlap:
@@ -114,9 +131,14 @@ def warped(pair: WorkingPair, transform: sitk.Transform) -> np.ndarray:
     return resample(pair.moving, pair.grid, transform, outside=float(sitk.GetArrayViewFromImage(pair.moving).min()))
 
 
+def warped_share(pair: WorkingPair, transform: sitk.Transform) -> np.ndarray:
+    """The share of lung in each voxel of the moving scan on the working grid under a transform, float32 (D, H, W)."""
+    return resample(pair.moving_mask, pair.grid, transform, outside=0.0)
+
+
 def warped_mask(pair: WorkingPair, transform: sitk.Transform) -> np.ndarray:
     """The moving lungs on the working grid under a transform, bool (D, H, W)."""
-    return resample(pair.moving_mask, pair.grid, transform, outside=0.0) >= 0.5
+    return warped_share(pair, transform) >= 0.5
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:

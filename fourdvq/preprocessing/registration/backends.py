@@ -23,17 +23,31 @@ ENTRY_POINTS = "fourdvq.registration"
 
 @dataclass(frozen=True)
 class AlignedPair:
-    """Both scans on one isotropic grid after the affine step: HU float32 clamped to the profile's range, lungs bool."""
+    """Both scans on one isotropic grid after the affine step: HU float32 clamped to the profile's range, and how much
+    of each voxel is lung, float32 in [0, 1]; all (D, H, W).
+    """
 
     grid: Grid
-    fixed: np.ndarray  # (D, H, W)
-    fixed_mask: np.ndarray
+    fixed: np.ndarray
+    fixed_share: np.ndarray
     moving: np.ndarray
-    moving_mask: np.ndarray
+    moving_share: np.ndarray
+
+    @property
+    def fixed_mask(self) -> np.ndarray:
+        """The fixed lungs, bool."""
+        mask: np.ndarray = self.fixed_share >= 0.5
+        return mask
+
+    @property
+    def moving_mask(self) -> np.ndarray:
+        """The moving lungs, bool."""
+        mask: np.ndarray = self.moving_share >= 0.5
+        return mask
 
     def exchanged(self) -> AlignedPair:
         """The same pair with the roles exchanged."""
-        return AlignedPair(self.grid, self.moving, self.moving_mask, self.fixed, self.fixed_mask)
+        return AlignedPair(self.grid, self.moving, self.moving_share, self.fixed, self.fixed_share)
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,19 @@ import SimpleITK as sitk
 import torch
 from torch import Tensor
 
+from fourdvq.errors import RegistrationError
 from fourdvq.preprocessing.grid import empty_image
 from fourdvq.preprocessing.profile import RegistrationSpec
 from fourdvq.preprocessing.registration.backends import AlignedPair, FoundField, KeypointFacts
 from fourdvq.preprocessing.registration.cost import Search, displacement_cost, with_energy
-from fourdvq.preprocessing.registration.keypoints import keypoints
+from fourdvq.preprocessing.registration.keypoints import keypoints, require_enough
 from fourdvq.preprocessing.registration.mind import feature_distance, filtered, mind_ssc, one_thread
 from fourdvq.preprocessing.registration.refine import Refinement, correction
 from fourdvq.preprocessing.registration.spline import Spline, fit_spline
 from fourdvq.preprocessing.registration.tree import marginals, spanning_tree
 from fourdvq.preprocessing.registration.warp import composed, interpolation_matrix, looked_up, separably, warped_image
 
+_OUTSIDE_HU, _DENSEST_HU = 500.0, -300.0
 _SPLINE_STRIDE = 4  # voxels between the places where the spline is evaluated
 
 
@@ -65,30 +67,45 @@ PRESETS = {
 def corrfield_field(pair: AlignedPair, spec: RegistrationSpec, device: str = "cpu") -> FoundField:
     """The displacement between two aligned scans, by the profile's preset; the same each time on one machine.
 
-    Raises RegistrationError E_REG for an image without contrast and for fewer than 100 keypoints in the lung.
+    Raises RegistrationError E_REG for an image without contrast, and for fewer than 100 keypoints in the lung that are
+    found in the other scan and back again.
     """
     preset, mm = PRESETS[spec.preset], spec.spacing_mm
+    for hu, mask in ((pair.fixed, pair.fixed_mask), (pair.moving, pair.moving_mask)):
+        if hu[mask].size == 0 or np.ptp(hu[mask]) == 0:
+            raise RegistrationError("E_REG", where="the lung", found="the same value in all of it")
     with one_thread(), torch.no_grad():
-        fixed, moving = (torch.from_numpy(a.astype(np.float32)).to(device) for a in (pair.fixed, pair.moving))
-        mask = torch.from_numpy(pair.fixed_mask.copy()).to(device)
+        scans = ((pair.fixed, pair.fixed_share), (pair.moving, pair.moving_share))
+        fixed, moving = (torch.from_numpy(bordered(*scan)).to(device) for scan in scans)
+        lung = torch.from_numpy(pair.fixed_mask).to(device)
         features = mind_ssc(fixed)
-        found = torch.zeros((3, *fixed.shape), device=device)
+        found = torch.zeros((3, *fixed.shape), dtype=torch.float32, device=device)
         for level in preset.levels:
-            points, moves = _correspondences(fixed, features, mask, warped_image(moving, found), level, preset)
+            points, moves = _correspondences(fixed, features, lung, warped_image(moving, found), level, preset)
             wanted = moves + looked_up(found, (points + moves).T).T
             spline = fit_spline(points * mm, moves * mm, ridge=level.ridge)
             found = composed(dense_field(spline, pair.grid.size, mm) / mm, found)
         for _ in range(preset.refinements):
-            step = correction(features, mind_ssc(warped_image(moving, found)), mask, preset.refinement)
+            step = correction(features, mind_ssc(warped_image(moving, found)), lung, preset.refinement)
             found = composed(step, found)
         after, before = (
-            feature_distance(features, mind_ssc(image), mask) for image in (warped_image(moving, found), moving)
+            feature_distance(features, mind_ssc(image), lung) for image in (warped_image(moving, found), moving)
         )
         if after >= before:
             found.zero_()  # nothing moved: what was found is the noise of the search
         missed = (looked_up(found, points.T).T - wanted).norm(dim=1).cpu().numpy() * mm
     facts = KeypointFacts(count=len(points), residual_p95_mm=float(np.percentile(missed, 95)))
     return FoundField(_as_image(found.cpu().numpy() * mm, pair), facts)
+
+
+def bordered(hu: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """A scan (D, H, W) in which the masks say where the lung ends, float32: outside one value, far above all lung.
+
+    New dense tissue under the pleura is as bright as the chest wall: by HU alone its inner edge looks like the pleura
+    of before, and the field would squeeze the disease out of the lung, with a good overlap to show for it.
+    """
+    inside = np.minimum(hu, _DENSEST_HU)
+    return (share * inside + (1 - share) * _OUTSIDE_HU).astype(np.float32)
 
 
 def _correspondences(
@@ -108,6 +125,7 @@ def _correspondences(
     both = there.add_(back.flip((1, 2, 3))).mul_(0.5)
     found = expected(both, preset.gamma) * search.step
     kept = (first + undone).norm(dim=1) <= preset.apart * search.step
+    require_enough(int(kept.sum()), "keypoints that the way back confirms")
     return points[kept].float(), found[kept]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,18 @@ class Consistency:
 
     mean_mm: float
     p95_mm: float
+
+
+def surface_p95_mm(a: np.ndarray, b: np.ndarray, spacing: Sequence[float]) -> float | None:
+    """95th percentile in mm of the distances from each mask's surface to the other's; None if either mask is empty.
+
+    Where a third of a lung's surface is 5 mm off, the overlap loses one point in a hundred and this tells it.
+    """
+    if not (a.any() and b.any()):
+        return None
+    edges = [m & ~ndimage.binary_erosion(m) for m in (a, b)]
+    to_other = [ndimage.distance_transform_edt(~edge, sampling=spacing) for edge in edges]
+    return float(np.percentile(np.concatenate([to_other[1][edges[0]], to_other[0][edges[1]]]), 95))
 
 
 def jacobian_determinant(field: sitk.Image) -> np.ndarray:

@@ -45,11 +45,14 @@ def keypoints(image: Tensor, mask: Tensor, *, sigma: float, window: int, most: i
     while len(found) > most and window < max(image.shape):
         window += 1
         found = _maxima(distinct, window)
-    if len(found) < FEWEST:
-        raise RegistrationError(
-            "E_REG", where="the keypoints", found=f"{len(found)} keypoints in the lung", wanted=f"at least {FEWEST}"
-        )
+    require_enough(len(found), "keypoints in the lung")
     return found[:most]  # equal values may still be more
+
+
+def require_enough(count: int, what: str) -> None:
+    """Raise RegistrationError E_REG for fewer places than a field of the whole lung needs."""
+    if count < FEWEST:
+        raise RegistrationError("E_REG", where="the keypoints", found=f"{count} {what}", wanted=f"at least {FEWEST}")
 
 
 def _maxima(distinct: Tensor, window: int) -> Tensor:

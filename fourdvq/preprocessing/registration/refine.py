@@ -41,7 +41,7 @@ def correction(fixed: Tensor, moving: Tensor, mask: Tensor, how: Refinement) -> 
     """The smooth field (3, D, H, W) in voxels that brings features (C, D, H, W) together in and around the mask."""
     shape, device = mask.shape, fixed.device
     nodes = [torch.arange(-1, (n - 1) // how.node + 3, device=device) * how.node for n in shape]
-    samples = [torch.arange(how.stride / 2, n - 1, how.stride, device=device) for n in shape]
+    samples = [torch.arange(how.stride / 2, n - 1, how.stride, dtype=torch.float32, device=device) for n in shape]
     dense = [spline_matrix(torch.arange(n, device=device), k, how.node) for n, k in zip(shape, nodes, strict=True)]
     sparse = [spline_matrix(a, k, how.node) for a, k in zip(samples, nodes, strict=True)]
     places = torch.stack(torch.meshgrid(*samples, indexing="ij")).flatten(1)
@@ -49,7 +49,7 @@ def correction(fixed: Tensor, moving: Tensor, mask: Tensor, how: Refinement) -> 
     looked_at = near[tuple(places.round().long())].nonzero()[:, 0]
     places = places[:, looked_at]
     wanted = looked_up(fixed, places)
-    weights = torch.zeros((3, *(len(n) for n in nodes)), device=device)
+    weights = torch.zeros((3, *(len(n) for n in nodes)), dtype=torch.float32, device=device)
     mean, spread = torch.zeros_like(weights), torch.zeros_like(weights)
     for step in range(1, how.steps + 1):
         gradient = _gradient(weights, sparse, looked_at, places, wanted, moving, how)

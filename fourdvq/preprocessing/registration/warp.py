@@ -44,7 +44,7 @@ def interpolation_matrix(count: int, nodes: Tensor) -> Tensor:
     right = torch.searchsorted(nodes, at, right=True).clamp_(1, len(nodes) - 1)
     low, high = nodes[right - 1], nodes[right]
     share = ((at - low) / (high - low)).clamp_(0.0, 1.0)
-    weights = torch.zeros((count, len(nodes)), device=nodes.device)
+    weights = torch.zeros((count, len(nodes)), dtype=torch.float32, device=nodes.device)
     weights.scatter_(1, right[:, None] - 1, (1.0 - share)[:, None])
     weights.scatter_(1, right[:, None], share[:, None])
     return weights
