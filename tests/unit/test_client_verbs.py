@@ -172,12 +172,36 @@ def test_decisions_are_recorded_with_a_name_and_training_reads_approved_scans_on
     assert (code, found["rejected"]) == (0, 1)
     assert embedded.prepared_summary(root)["scans"] == 17
     assert "Dr Ann" in (root / "prep" / "review.csv").read_text()
-    call(root, "qc", "approve", "--all", "--by", "Dr Ann")
+    call(root, "qc", "approve", f"{name}/2", "--by", "Dr Ann")
     assert embedded.prepared_summary(root)["scans"] == 18
     code, found, _ = call(root, "qc", "list")
     assert (len(found["scans"]), found["undecided"]) == (18, 0)
     code, error, _ = call(root, "qc", "approve")
     assert (code, error["code"]) == (2, "E_USAGE")
+
+
+def decisions(root):
+    return {f"{s['pseudonym']}/{s['index']}": s["decision"] for s in call(root, "qc", "list")[1]["scans"]}
+
+
+@pytest.mark.parametrize("many", ["--all", "--passed", PATIENTS[0]])
+def test_approving_many_at_once_takes_no_rejection_back_and_says_so(root, many):
+    name = pseudonym_of(open_workspace(root)[0], PATIENTS[0])
+    call(root, "qc", "reject", f"{name}/2", "--reason", "motion", "--by", "Dr Ann")
+    code, found, _ = call(root, "qc", "approve", many, "--by", "Dr Ann")
+    assert (code, found["approved"], found["left_rejected"]) == (0, 0, 1)  # all others were approved before
+    assert decisions(root)[f"{name}/2"] == "reject"
+    code, found, _ = call(root, "qc", "approve", f"{name}/2", f"{name}/2", "--by", "Dr Ann")
+    assert (code, found["approved"], found["left_rejected"]) == (0, 1, 0)
+    assert decisions(root)[f"{name}/2"] == "approve"
+
+
+@pytest.mark.parametrize("words", [(PATIENTS[0], "--all"), (f"{PATIENTS[0]}/0", "--passed"), ("--all", "--passed"), ()])
+def test_scans_are_chosen_in_one_way_or_not_at_all(root, words):
+    before = (root / "prep" / "review.csv").read_bytes()
+    code, error, _ = call(root, "qc", "approve", *words)
+    assert (code, error["code"]) == (2, "E_USAGE")
+    assert (root / "prep" / "review.csv").read_bytes() == before
 
 
 def test_the_contact_sheet_is_one_file_without_links_to_anywhere(root):

@@ -38,17 +38,22 @@ def list_scans(
 @app.command("approve", epilog=GLOBAL_HELP)
 def approve(
     scans: Patients = None,
-    all_scans: Annotated[bool, typer.Option("--all", help="Every prepared scan.")] = False,
-    passed: Annotated[bool, typer.Option("--passed", help="Every scan of grade PASS.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Every undecided scan.")] = False,
+    passed: Annotated[bool, typer.Option("--passed", help="Every undecided scan of grade PASS.")] = False,
     by: Annotated[str, typer.Option(help="Name of the person who looked.")] = "",
 ) -> Result:
-    """Accept scans after looking at their pictures: training reads approved scans only."""
-    from fourdvq_client.review_sheet import record, select
+    """Accept scans after looking at their pictures: training reads approved scans only.
+
+    A rejection is taken back only where the scan itself is named, as PATIENT/SCAN.
+    """
+    from fourdvq_client.review_sheet import Choice, record
 
     workspace, _ = here()
-    keys = select(workspace, scans or [], all_scans=all_scans, passed=passed)
-    done = record(workspace, keys, "approve", by=by or user_name())
-    return Result({"approved": done}, (f"{done} scans approved",))
+    done = record(workspace, Choice(tuple(scans or ()), every, passed), "approve", by=by or user_name())
+    lines = [f"{done.decided} scans approved"]
+    if done.left:
+        lines.append(f"{done.left} rejected scans left as they are; to approve one, name it: PATIENT/SCAN")
+    return Result({"approved": done.decided, "left_rejected": done.left}, tuple(lines))
 
 
 @app.command("reject", epilog=GLOBAL_HELP)
@@ -58,11 +63,10 @@ def reject(
     by: Annotated[str, typer.Option(help="Name of the person who looked.")] = "",
 ) -> Result:
     """Leave scans out; where a baseline is rejected, `preprocess` takes the next one."""
-    from fourdvq_client.review_sheet import record, select
+    from fourdvq_client.review_sheet import Choice, record
 
     workspace, _ = here()
-    keys = select(workspace, scans or [], all_scans=False, passed=False)
-    done = record(workspace, keys, "reject", by=by or user_name(), reason=reason)
+    done = record(workspace, Choice(tuple(scans or ())), "reject", by=by or user_name(), reason=reason).decided
     return Result({"rejected": done}, (f"{done} scans rejected; run `fourdvq-client preprocess` again",))
 
 
@@ -73,14 +77,12 @@ def redo(
     by: Annotated[str, typer.Option(help="Name of the person who asks.")] = "",
 ) -> Result:
     """Take decisions back and have scans made again from the start by the next `preprocess`."""
-    from fourdvq_client.review_sheet import redo as take_back
-    from fourdvq_client.review_sheet import select
+    from fourdvq_client.review_sheet import Choice, record
     from fourdvq_client.workspace import locked
 
     workspace, _ = here()
-    keys = select(workspace, scans or [], all_scans=False, passed=False)
     with locked(workspace):
-        done = take_back(workspace, keys, by=by or user_name(), reason=reason)
+        done = record(workspace, Choice(tuple(scans or ())), "redo", by=by or user_name(), reason=reason).decided
     return Result({"redo": done}, (f"{done} scans to make again; run `fourdvq-client preprocess`",))
 
 
