@@ -69,7 +69,7 @@ def preparing(workspace: Workspace, shard: Shard) -> Iterator[None]:
         held.enter_context(_held(workspace.state / "lock", fcntl.LOCK_SH | fcntl.LOCK_NB))
         with tables_locked(workspace):
             held.enter_context(_held(folder / f"{shard.number}-of-{shard.of}.lock", fcntl.LOCK_EX | fcntl.LOCK_NB))
-            _require_one_partition(folder, shard)
+            _require_one_partition(workspace, shard)
         yield
 
 
@@ -80,9 +80,9 @@ def tables_locked(workspace: Workspace) -> Iterator[None]:
         yield
 
 
-def _require_one_partition(folder: Path, shard: Shard) -> None:
+def _require_one_partition(workspace: Workspace, shard: Shard) -> None:
     """Another N would cut the cohort elsewhere, and two runs would meet in one patient."""
-    for path in folder.glob("*-of-*.lock"):
+    for path in workspace.shard_locks():
         if path.name.endswith(f"-of-{shard.of}.lock"):
             continue
         with contextlib.suppress(FileNotFoundError), _held(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
@@ -94,6 +94,5 @@ def _held(path: Path, how: int) -> contextlib.AbstractContextManager[None]:
 
 
 def _lock_folder(workspace: Workspace) -> Path:
-    folder = workspace.state / "shards"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    workspace.shards.mkdir(parents=True, exist_ok=True)
+    return workspace.shards

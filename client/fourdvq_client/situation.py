@@ -8,7 +8,7 @@ from typing import Any
 
 from fourdvq_client import keys, workspace
 from fourdvq_client.audit import read_entries
-from fourdvq_client.workspace import SiteConfig, Workspace
+from fourdvq_client.workspace import Holder, SiteConfig, Workspace
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Situation:
 
     site: str
     running: bool
-    holder: dict[str, Any]
+    holders: tuple[Holder, ...]  # several where shards are prepared side by side
     progress: dict[str, Any]
     last_round: dict[str, Any]
     bytes_up: int
@@ -32,8 +32,8 @@ class Situation:
 
     def lines(self) -> tuple[str, ...]:
         """For people."""
-        who = f"process {self.holder.get('pid')} on {self.holder.get('host')}" if self.running else "no client at work"
-        lines = [f"{self.site}: {who}"]
+        who = ", ".join(f"process {h['pid']} on {h['host']}" for h in self.holders)
+        lines = [f"{self.site}: {who or 'no client at work'}"]
         if self.progress and self.running:
             p = self.progress
             lines.append(
@@ -54,7 +54,8 @@ class Situation:
 
 def look(site: Workspace, config: SiteConfig) -> Situation:
     """Read the site's files once; nothing is locked or changed."""
-    holder = keys.lock_holder(site.keys / "site.key") or workspace.lock_holder(site)
+    joined = keys.lock_holder(site.keys / "site.key")
+    holders = (Holder(pid=joined["pid"], host=joined["host"]),) if joined else workspace.lock_holders(site)
     entries = read_entries(site.audit_file)
     refusals = [e for e in entries if e["action"] == "refuse"]
     sent = sum(int(e["bytes"]) for e in entries if e["action"] == "release")
@@ -62,8 +63,8 @@ def look(site: Workspace, config: SiteConfig) -> Situation:
     last = refusals[-1] if refusals else None
     return Situation(
         site=config.site,
-        running=holder is not None,
-        holder=holder or {},
+        running=bool(holders),
+        holders=holders,
         progress=_read(site.state / "progress.json"),
         last_round=_last_round(site),
         bytes_up=sent,

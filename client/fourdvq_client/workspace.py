@@ -7,10 +7,10 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from fourdvq.config import build
 from fourdvq.errors import ConfigError, FourdvqError, TemporaryStop
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 PRIVATE_FILE = 0o600
 PRIVATE_FOLDER = 0o700
+
+
+class Holder(TypedDict):
+    """A process that has the folder, or a shard of it."""
+
+    pid: int
+    host: str
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,15 @@ class Workspace:
     def plans(self) -> Path:
         """Plans the coordinator sent, by hash."""
         return self.state / "plans"
+
+    @property
+    def shards(self) -> Path:
+        """Lock files of the shards at work, and of the tables that they share."""
+        return self.state / "shards"
+
+    def shard_locks(self) -> Iterator[Path]:
+        """One file a shard: 3-of-8.lock."""
+        return self.shards.glob("*-of-*.lock")
 
     @property
     def outbox(self) -> Path:
@@ -207,42 +223,42 @@ def locked(workspace: Workspace) -> Iterator[None]:
 
     The kernel frees the lock when its holder dies, so a file left behind by a crash locks nobody out.
     """
-    with flocked(workspace.state / "lock", fcntl.LOCK_EX | fcntl.LOCK_NB, where=workspace.root):
+    sharers = workspace.shard_locks()
+    with flocked(workspace.state / "lock", fcntl.LOCK_EX | fcntl.LOCK_NB, where=workspace.root, sharers=sharers):
         yield
 
 
 @contextlib.contextmanager
-def flocked(path: Path, how: int, *, where: Path | None = None, hint: str = "") -> Iterator[None]:
-    """Hold a lock file, `how` as flock takes it; who holds one alone writes down pid and host.
+def flocked(
+    path: Path, how: int, *, where: Path | None = None, hint: str = "", sharers: Iterable[Path] = ()
+) -> Iterator[None]:
+    """Hold a lock file, `how` as flock takes it; who holds one alone has its pid and host in it for that time.
 
     Raises TemporaryStop E_BUSY that names the holder, at `where` (else the file), with `hint` added to the remedy.
+    Those who share the lock are named by the lock files that each of them holds alone, `sharers`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, PRIVATE_FILE)
+    alone = bool(how & fcntl.LOCK_EX)
     try:
         try:
             fcntl.flock(handle, how)
         except OSError:
-            raise _busy(path, where or path, hint) from None
-        if how & fcntl.LOCK_EX:
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+            alone = False
+            raise _busy(_holders(path, sharers), where or path, hint) from None
+        if alone:
+            _sign(handle)
         yield
     finally:
+        if alone:
+            # A pid left behind would be named to whoever meets the next, shared lock, and be another program's by then.
+            os.ftruncate(handle, 0)
         os.close(handle)
 
 
-def lock_holder(workspace: Workspace) -> dict[str, Any] | None:
-    """Who holds the folder now (pid, host), or None."""
-    path = workspace.state / "lock"
-    if not path.is_file():
-        return None
-    with path.open() as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return _holder(path)
-    return None
+def lock_holders(workspace: Workspace) -> tuple[Holder, ...]:
+    """Who holds the folder now: one process all of it, or one for each shard at work; empty if nobody does."""
+    return _holders(workspace.state / "lock", workspace.shard_locks())
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -262,18 +278,55 @@ def write_private(path: Path, data: bytes) -> None:
         raise
 
 
-def _busy(path: Path, where: Path, hint: str) -> FourdvqError:
-    holder = _holder(path)
-    who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}" if holder else "another process"
-    return TemporaryStop("E_BUSY", where=str(where), found=who, fix=f"stop {who}, or wait until it ends{hint}")
+def _sign(handle: int) -> None:
+    os.ftruncate(handle, 0)
+    signature = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+    with contextlib.suppress(OSError):  # a full disk costs others the name, not us the lock
+        os.pwrite(handle, signature.encode(), 0)
 
 
-def _holder(path: Path) -> dict[str, Any]:
+def _busy(holders: Sequence[Holder], where: Path, hint: str) -> FourdvqError:
+    who = " and ".join(f"process {h['pid']} on {h['host']}" for h in holders) or "another process"
+    return TemporaryStop("E_BUSY", where=str(where), found=who, fix=f"stop {who}, or wait for the end{hint}")
+
+
+def _holders(path: Path, sharers: Iterable[Path]) -> tuple[Holder, ...]:
+    alone = _holder(path)
+    return (alone,) if alone else tuple(h for h in map(_holder, sorted(sharers)) if h)
+
+
+def _holder(path: Path) -> Holder | None:
+    """Who holds a lock file alone at this moment; None if nobody does, or nobody that can be named."""
     try:
-        holder = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return holder if isinstance(holder, dict) else {}
+        with path.open(encoding="utf-8") as stream:
+            signed = json.loads(stream.read())
+            holder = Holder(pid=int(signed["pid"]), host=str(signed["host"]))
+            # A holder that was killed could not take its name away; the kernel frees its lock all the same.
+            if _is_free(stream.fileno()):
+                return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return holder if _may_run(holder) else None
+
+
+def _is_free(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _may_run(holder: Holder) -> bool:
+    """False for a process of this host that is gone; of other hosts nothing is known."""
+    if holder["host"] != socket.gethostname():
+        return True
+    try:
+        with contextlib.suppress(PermissionError):  # it runs, under another account
+            os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _coded_values(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -110,6 +110,17 @@ def test_a_shard_runs_beside_others_and_not_beside_itself_a_whole_run_or_another
         pass
 
 
+def test_status_names_every_shard_at_work(root):
+    workspace, _ = open_workspace(root)
+    assert call(root, "status", "--quiet")[0] == 1
+    with preparing(workspace, Shard(1, 3)), preparing(workspace, Shard(2, 3)):
+        code, found, _ = call(root, "status", "--quiet")
+        assert (code, found["running"], [h["pid"] for h in found["holders"]]) == (0, True, [os.getpid()] * 2)
+        code, error, _ = call(root, "qc", "redo", manifest(root)[0]["pseudonym"])
+        assert (code, error["code"]) == (75, "E_BUSY")
+        assert f"process {os.getpid()} on" in error["found"]
+
+
 # --- verify and force ----------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from fourdvq.errors import ConfigError, FourdvqError, TemporaryStop
 from fourdvq_client.site_folder import SiteSettings, create_site
-from fourdvq_client.workspace import Workspace, lock_holder, locked, open_workspace, read_profile
+from fourdvq_client.workspace import Workspace, lock_holders, locked, open_workspace, read_profile
 from site_cases import TEMPLATES, tiny_profile
 
 GOOD = "site: leuven\nscans: ct\nclinical: clinical.csv\n"
@@ -72,29 +73,68 @@ def test_without_a_profile_the_remedy_is_the_invitation(tmp_path):
     assert "INVITATION" in caught.value.fix
 
 
+@contextlib.contextmanager
+def held_elsewhere(root, lock):
+    """Another process that holds `lock` (an expression over the workspace `w`) until the block ends, then is killed."""
+    program = (
+        "import sys; from pathlib import Path; from fourdvq_client.shards import Shard, preparing\n"
+        "from fourdvq_client.workspace import Workspace, locked; w = Workspace(Path(sys.argv[1]))\n"
+        f"with {lock}:\n    print('held', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", program, str(root)], **pipes) as other:
+        try:
+            assert other.stdout.readline() == "held\n"
+            yield other
+        finally:
+            other.kill()
+
+
 def test_another_process_in_the_folder_is_named_with_pid_and_host(tmp_path):
     workspace = Workspace(tmp_path)
-    program = (
-        "import sys, time; from pathlib import Path; from fourdvq_client.workspace import Workspace, locked\n"
-        "with locked(Workspace(Path(sys.argv[1]))):\n    print('held', flush=True); sys.stdin.read()"
-    )
-    other = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert other.stdout.readline() == "held\n"
+    with held_elsewhere(tmp_path, "locked(w)") as other:
         with pytest.raises(TemporaryStop) as caught, locked(workspace):
             pass
         assert caught.value.code == "E_BUSY"
         assert f"process {other.pid} on {os.uname().nodename}" in caught.value.found
         assert caught.value.exit_code == 75
-        assert lock_holder(workspace)["pid"] == other.pid
-    finally:
-        other.kill()
-        other.wait()
+        assert [h["pid"] for h in lock_holders(workspace)] == [other.pid]
     with locked(workspace):  # a dead holder locks nobody out
-        assert lock_holder(workspace)["pid"] == os.getpid()
-    assert lock_holder(workspace) is None
+        assert [h["pid"] for h in lock_holders(workspace)] == [os.getpid()]
+    assert lock_holders(workspace) == ()
+
+
+@pytest.mark.parametrize("before", ["a run that ended", "a run that was killed"])
+def test_shards_at_work_are_named_and_nobody_who_held_the_folder_before_them(tmp_path, before):
+    workspace = Workspace(tmp_path)
+    if before == "a run that ended":
+        with locked(workspace):
+            pass
+    else:
+        with held_elsewhere(tmp_path, "locked(w)"):
+            pass
+    with held_elsewhere(tmp_path, "preparing(w, Shard(1, 2))") as one:
+        with held_elsewhere(tmp_path, "preparing(w, Shard(2, 2))") as two:
+            assert {h["pid"] for h in lock_holders(workspace)} == {one.pid, two.pid}
+        with pytest.raises(TemporaryStop) as caught, locked(workspace):
+            pass
+        assert caught.value.found == f"process {one.pid} on {os.uname().nodename}"  # the killed shard is not named
+    assert lock_holders(workspace) == ()
+
+
+def test_a_holder_that_is_gone_is_nobody_to_stop(tmp_path):
+    """Its lock lives on in a process that it started: the one that must end has another id."""
+    workspace = Workspace(tmp_path)
+    with locked(workspace):
+        gone = subprocess.Popen([sys.executable, "-c", ""])
+        gone.wait()
+        signed = {"pid": gone.pid, "host": os.uname().nodename}
+        (workspace.state / "lock").write_text(json.dumps(signed))
+        with pytest.raises(TemporaryStop) as caught, locked(workspace):
+            pass
+        assert caught.value.found == "another process"
+        (workspace.state / "lock").write_text(json.dumps({**signed, "host": "another-host"}))
+        assert lock_holders(workspace) == ({**signed, "host": "another-host"},)
 
 
 @pytest.mark.parametrize("name", ["leuven", "southampton", "external", "demo"])
