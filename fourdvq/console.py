@@ -112,6 +112,9 @@ def _outcome(app: Any, argv: Sequence[str], program: str) -> int:
     except FourdvqError as error:
         return _fail(error, error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
+        if options().json and error.ctx is not None:
+            asked = error.ctx.command_path
+            return _fail(FourdvqError("E_USAGE", where=asked, found="no verb", fix=f"{asked} --help"), EXIT_USAGE)
         print(error.format_message())
         return EXIT_USAGE
     except click.ClickException as error:

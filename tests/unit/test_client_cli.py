@@ -102,6 +102,16 @@ def test_a_wrong_word_exits_2_with_what_was_meant(words, tmp_path, capsys):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("words", [[], ["qc"]])
+def test_a_command_without_a_verb_is_a_usage_error_to_a_program_and_help_to_a_person(words, tmp_path, capsys):
+    code, out, _ = run(*words, "--json", cwd=tmp_path, capsys=capsys)
+    error = last_object(out)
+    assert (code, error["code"], error["fix"]) == (2, "E_USAGE", " ".join(["fourdvq-client", *words, "--help"]))
+    code, out, err = run(*words, cwd=tmp_path, capsys=capsys)
+    assert (code, err) == (2, "")
+    assert "Usage: fourdvq-client" in out
+
+
 @pytest.mark.parametrize("code", sorted(CODES))
 def test_explain_has_every_part_of_every_code(code, capsys, tmp_path):
     status, out, _ = run("explain", code, cwd=tmp_path, capsys=capsys)
