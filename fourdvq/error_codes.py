@@ -274,6 +274,7 @@ CODES: dict[str, Explanation] = {
     "E_FEW": _E("too few patients or scans", "the cohort is below the smallest useful size", "more approved scans", "add scans", "TOO_FEW_PATIENTS"),
     "E_NO_APPROVED": _E("no approved scan", "training reads approved scans only", "decisions in prep/review.csv", "fourdvq-client qc approve", "DATA_INVALID"),
     "E_PATIENT": _E("no such patient", "the id or pseudonym is not in the manifest", "an id or pseudonym of this site", "fourdvq-client qc list", "DATA_INVALID"),
+    "E_NO_RESULT": _E("a scan without a result cannot be decided about", "it was refused, it failed, it is damaged, or it is to be made again", "a scan that `qc list` shows with a grade", "fourdvq-client preprocess makes it again; then look at it", "DATA_INVALID"),
     # generation
     "E_GIVEN": _E("too few scans to generate from", "the model needs the change between two scans", "at least two approved scans at different times", "add an earlier or later scan", "DATA_INVALID"),
     "E_TIMES": _E("times cannot be used", "not increasing, two on one day, or before the first scan", "strictly increasing years since the first scan", "correct --interval, --years or --times", "DATA_INVALID"),

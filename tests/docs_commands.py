@@ -36,6 +36,8 @@ class Note:
 
 _NO_MODEL = "1 no released model, or its files are damaged; 3 no approved scan"
 
+_UNDECIDABLE = "3 no such patient or scan, or one without a result"
+
 CLIENT: dict[str, Note] = {
     "init": Note("init leuven.invitation.json --workdir leuven", "5 the invitation is damaged or of another version"),
     "check": Note("check --data --network", "that of the first FAIL (1 to 5); warnings alone are 0"),
@@ -74,11 +76,9 @@ CLIENT: dict[str, Note] = {
     "explain": Note("explain E_GAP", "1 no such code; the nearest one is named"),
     "version": Note("version --json"),
     "qc list": Note("qc list --undecided", "3 nothing is prepared"),
-    "qc approve": Note("qc approve --passed --by 'A. Person'", "3 no such patient or scan"),
-    "qc reject": Note("qc reject 007/1 --reason 'breathing'", "3 no such patient or scan"),
-    "qc redo": Note(
-        "qc redo 007/1 --reason 'new mask'", "3 no such patient or scan; 75 another process works in this folder"
-    ),
+    "qc approve": Note("qc approve --passed --by 'A. Person'", _UNDECIDABLE),
+    "qc reject": Note("qc reject 007/1 --reason 'breathing'", _UNDECIDABLE),
+    "qc redo": Note("qc redo 007/1 --reason 'new mask'", f"{_UNDECIDABLE}; 75 another process works in this folder"),
     "qc open": Note("qc open", "3 nothing is prepared"),
     "policy show": Note("policy show", "5 the policy cannot be read"),
     "policy check": Note("policy check", "5 the policy cannot be read, or does not fit this site"),

@@ -10,14 +10,15 @@ import base64
 import hashlib
 import html
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 from fourdvq import __version__
-from fourdvq.data.prepared import MANIFEST_COLUMNS, read_table, write_changed
+from fourdvq.data.prepared import write_changed
 from fourdvq.errors import CODES
 from fourdvq.preprocessing.records import SMALL_PICTURE, read_qc
+from fourdvq_client.review_rows import GRADES, Row, review_rows, undecided
 
 _MARK = "fourdvq-fingerprint"
 _HEAD_BYTES = 2000
@@ -27,12 +28,12 @@ _COLUMNS = (
     "scan", "day", "grade", "codes", "decision", "lung ml", "change %", "Dice", "corr.", "inverse mm", "moved mm",
     "fold %",
 )  # fmt: skip
-_GRADES = ("PASS", "REVIEW", "FAIL", "none")
+_GRADES = (*GRADES, "none")
 
 
 def write_sheet(prep: Path) -> Path:
     """prep/contact_sheet.html, written if anything on it changed. Raises CohortError E_FILE without a manifest."""
-    rows = read_table(prep / "manifest.csv", MANIFEST_COLUMNS)
+    rows = review_rows(prep)
     path = prep / "contact_sheet.html"
     css, script = _asset("contact_sheet.css"), _asset("contact_sheet.js")
     fingerprint = _fingerprint(prep, rows, css + script)
@@ -41,10 +42,10 @@ def write_sheet(prep: Path) -> Path:
     return path
 
 
-def _page(prep: Path, rows: Sequence[Mapping[str, str]], css: str, script: str, fingerprint: str) -> str:
+def _page(prep: Path, rows: Sequence[Row], css: str, script: str, fingerprint: str) -> str:
     scans = "\n".join(_scan(prep / row["folder"], row) for row in rows)
     counts = Counter(_grade(row) for row in rows)
-    undecided = sum(bool(row["content_sha256"]) and not row["decision"] for row in rows)
+    waiting = sum(undecided(row) for row in rows)
     summary = ", ".join(f"{counts[g]} {'without result' if g == 'none' else g}" for g in _GRADES if counts[g])
     headers = "".join(
         f'<th scope="col"{_class(c)}><button type="button">{c}</button></th>' for c in _COLUMNS
@@ -55,7 +56,7 @@ def _page(prep: Path, rows: Sequence[Mapping[str, str]], css: str, script: str, 
 <title>Contact sheet, {len(rows)} scans</title><style>
 {css}</style></head>
 <body><header><h1>Contact sheet</h1>
-<p>{len(rows)} scans: {summary or "none"}; {undecided} wait for a decision.
+<p>{len(rows)} scans: {summary or "none"}; {waiting} wait for a decision.
 Baseline blue, follow-up yellow: aligned tissue is grey. The patient's right is on the left.</p>
 <p class="keys"><kbd>j</kbd> <kbd>k</kbd> next and previous scan, <kbd>a</kbd> mark to approve, <kbd>r</kbd> to reject,
 <kbd>u</kbd> unmark, <kbd>/</kbd> search. Click a column's name to sort.</p>
@@ -70,7 +71,7 @@ Baseline blue, follow-up yellow: aligned tissue is grey. The patient's right is 
 """
 
 
-def _form(rows: Sequence[Mapping[str, str]]) -> str:
+def _form(rows: Sequence[Row]) -> str:
     grades = "".join(
         f'<label><input type="checkbox" name="grade" value="{g}" checked> {"no result" if g == "none" else g}</label>'
         for g in _GRADES
@@ -85,7 +86,7 @@ def _form(rows: Sequence[Mapping[str, str]]) -> str:
 <span id="count" role="status"></span></form>"""
 
 
-def _scan(folder: Path, row: Mapping[str, str]) -> str:
+def _scan(folder: Path, row: Row) -> str:
     qc = read_qc(folder) if row["content_sha256"] else {}
     pair = qc.get("pair") or {}
     codes = [str(c) for c in qc.get("codes", [])] or row["code"].split()
@@ -105,7 +106,7 @@ def _scan(folder: Path, row: Mapping[str, str]) -> str:
     return f'<tbody tabindex="0" {data}><tr class="facts">{facts}</tr>{_picture(folder / SMALL_PICTURE, row)}</tbody>'
 
 
-def _picture(path: Path, row: Mapping[str, str]) -> str:
+def _picture(path: Path, row: Row) -> str:
     if not row["content_sha256"] or not path.is_file():
         return ""
     data = base64.b64encode(path.read_bytes()).decode()
@@ -119,11 +120,11 @@ def _explained(codes: Iterable[str]) -> str:
     return " ".join(f'<abbr title="{html.escape(title)}">{html.escape(code)}</abbr>' for code, title in texts)
 
 
-def _grade(row: Mapping[str, str]) -> str:
+def _grade(row: Row) -> str:
     return row["grade"] if row["grade"] in _GRADES else "none"
 
 
-def _decision(row: Mapping[str, str]) -> str:
+def _decision(row: Row) -> str:
     return row["decision"] or ("undecided" if row["content_sha256"] else "-")
 
 
@@ -140,7 +141,7 @@ def _options(values: Iterable[str]) -> str:
     return "".join(f"<option>{html.escape(value)}</option>" for value in values)
 
 
-def _fingerprint(prep: Path, rows: Sequence[Mapping[str, str]], assets: str) -> str:
+def _fingerprint(prep: Path, rows: Sequence[Row], assets: str) -> str:
     """What the page depends on, without reading pictures: a second run must not encode all of them again."""
     digest = hashlib.sha256(f"{__version__} {assets}".encode())
     for row in rows:

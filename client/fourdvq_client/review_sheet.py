@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal, NamedTuple
 
-from fourdvq.data.prepared import MANIFEST_COLUMNS, read_table
 from fourdvq.data.review import ScanKey, decide
-from fourdvq.errors import CohortError, ConfigError
+from fourdvq.errors import ConfigError
 from fourdvq.preprocessing.records import forget
 from fourdvq_client.preparation import pseudonym_of
+from fourdvq_client.review_rows import Row, review_rows, why_undecidable
 from fourdvq_client.shards import tables_locked
 from fourdvq_client.workspace import Workspace
 
-Row = dict[str, str]
+_NAME = re.compile(r"(?P<patient>.*?)(?:/(?P<index>[0-9]+))?")
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,6 @@ class _Meant(NamedTuple):
     itself: bool  # named by its own number, not as one of many
 
 
-def review_rows(workspace: Workspace) -> list[Row]:
-    """The manifest's rows. Raises CohortError E_FILE before the first preparation."""
-    return read_table(workspace.prep / "manifest.csv", MANIFEST_COLUMNS)
-
-
 def record(
     workspace: Workspace,
     choice: Choice,
@@ -67,7 +63,9 @@ def record(
 
     Approving many at once decides about undecided scans only: a person who rejected one named it, and must name it to
     take that back. `redo` takes decisions back and has the scans, masks included, made again by the next `preprocess`.
-    Raises CohortError E_PATIENT for an unknown patient or scan; then nothing is recorded.
+
+    Raises CohortError E_PATIENT for an unknown patient or scan, E_NO_RESULT for one that has no result; then
+    nothing is recorded.
     """
     from fourdvq_client.contact_sheet import write_sheet
 
@@ -78,27 +76,29 @@ def record(
         keys = list(dict.fromkeys(chosen))
         left = {m.key for m in meant if m.decision == "reject"}.difference(keys)
         decide(workspace.prep, keys, decision, reviewer=by, time=now, reason=reason)
-        write_sheet(workspace.prep)
-    if decision == "redo":
-        for pseudonym, index in keys:
+        for pseudonym, index in keys if decision == "redo" else ():
             forget(workspace.prep / pseudonym / str(index), mask=True)
+        write_sheet(workspace.prep)
     return Recorded(len(keys), len(left))
 
 
 def _meant(workspace: Workspace, choice: Choice) -> list[_Meant]:
-    rows = [r for r in review_rows(workspace) if r["content_sha256"]]
-    if not choice.named:
-        return [_meant_as(r, itself=False) for r in rows if choice.every or r["grade"] == "PASS"]
-    return [meant for text in choice.named for meant in _named(workspace, rows, text)]
+    rows = review_rows(workspace.prep)
+    if choice.named:
+        return [meant for text in choice.named for meant in _named(workspace, rows, text)]
+    wanted = [r for r in rows if choice.every or r["grade"] == "PASS"]
+    return [_meant_as(r, itself=False) for r in wanted if r["content_sha256"]]
 
 
 def _named(workspace: Workspace, rows: list[Row], text: str) -> list[_Meant]:
-    patient, _, index = text.partition("/")
-    pseudonym = pseudonym_of(workspace, patient)
-    found = [r for r in rows if r["pseudonym"] == pseudonym and index in ("", r["index"])]
-    if not found:
-        raise CohortError("E_PATIENT", where="prep/manifest.csv", found=f"no prepared scan {pseudonym}/{index}")
-    return [_meant_as(r, itself=bool(index)) for r in found]
+    match = _NAME.fullmatch(text)
+    patient, number = match.groups() if match else (text, None)
+    pseudonym, index = pseudonym_of(workspace, patient), None if number is None else int(number)
+    found = [r for r in rows if r["pseudonym"] == pseudonym and index in (None, int(r["index"]))]
+    ready = [r for r in found if r["content_sha256"]]
+    if not ready:
+        raise why_undecidable(workspace.prep, found, pseudonym, index)
+    return [_meant_as(r, itself=index is not None) for r in ready]
 
 
 def _meant_as(row: Row, *, itself: bool) -> _Meant:

@@ -204,6 +204,16 @@ def test_scans_are_chosen_in_one_way_or_not_at_all(root, words):
     assert (root / "prep" / "review.csv").read_bytes() == before
 
 
+def test_grades_and_codes_are_found_in_any_case_and_unknown_ones_are_no_empty_list(root):
+    every = call(root, "qc", "list")[1]["scans"]
+    for option, column in (("--grade", "grade"), ("--code", "code")):
+        known = next((s[column] for s in every if s[column]), "V_REG")
+        found = [call(root, "qc", "list", option, word)[1]["scans"] for word in (known, known.lower())]
+        assert found == [[s for s in every if s[column] == known]] * 2
+        code, error, _ = call(root, "qc", "list", option, known + "x")
+        assert (code, error["code"], error["fix"]) == (2, "E_USAGE", f"did you mean {known}?")
+
+
 def test_the_contact_sheet_is_one_file_without_links_to_anywhere(root):
     assert call(root, "qc", "open")[0] == 0
     page = (root / "prep" / "contact_sheet.html").read_text()

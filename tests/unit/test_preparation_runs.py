@@ -391,6 +391,35 @@ def input_of(root: Path, pseudonym: str, index: int) -> Path:
     return data / "scans" / real_ids(workspace)[pseudonym] / f"{index}.nii.gz"
 
 
+def test_a_scan_to_be_made_again_is_told_from_a_damaged_and_a_refused_one_and_none_can_be_decided_about(root):
+    name = manifest(root)[0]["pseudonym"]
+    call(root, "qc", "redo", f"{name}/1", "--by", "Dr Ann")
+    rows = {(s["pseudonym"], s["index"]): s for s in call(root, "qc", "list")[1]["scans"]}
+    assert (rows[name, "1"]["status"], rows[name, "1"]["grade"]) == ("redo", "")
+    assert call(root, "qc", "list")[1]["undecided"] == 0
+    page = (root / "prep" / "contact_sheet.html").read_text()
+    assert re.search(f'data-name="{name}/1" data-grade="none" .* data-content="no"', page)
+    hu = root / "prep" / name / "2" / "hu.npy"
+    hu.write_bytes(hu.read_bytes()[:-1] + b"~")
+
+    def refusal(index: int) -> str:
+        code, error, _ = call(root, "qc", "approve", f"{name}/{index}", "--by", "Dr Ann")
+        assert (code, error["code"]) == (3, "E_NO_RESULT")
+        assert "preprocess" in error["fix"]
+        return str(error["found"])
+
+    assert refusal(1) == f"{name}/1 is to be made again"
+    assert call(root, "preprocess", "--verify")[0] == 3
+    assert refusal(1) == f"{name}/1 is to be made again"
+    assert refusal(2) == f"{name}/2 is damaged"
+    path = input_of(root, name, 1)
+    path.write_bytes(path.read_bytes()[:3000])
+    call(root, "preprocess")
+    assert refusal(1).startswith(f"{name}/1 refused: E_CORRUPT")
+    code, error, _ = call(root, "qc", "approve", f"{name}/9")
+    assert (code, error["code"]) == (3, "E_PATIENT")
+
+
 def test_redo_takes_a_decision_back_and_has_the_scan_made_again(root):
     name = manifest(root)[0]["pseudonym"]
     code, found, _ = call(root, "qc", "redo", f"{name}/1", "--by", "Dr Ann", "--reason", "new mask")

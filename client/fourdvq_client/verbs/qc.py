@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from fourdvq import console
 from fourdvq.console import GLOBAL_HELP, Result
+from fourdvq.errors import CODES, ConfigError
 from fourdvq_client.verbs._site import here, user_name
 
 app = typer.Typer(help="Look at prepared scans and decide about them.", no_args_is_help=True, epilog=GLOBAL_HELP)
@@ -17,22 +20,32 @@ Patients = Annotated[list[str] | None, typer.Argument(help="PATIENT, or PATIENT/
 
 @app.command("list", epilog=GLOBAL_HELP)
 def list_scans(
-    undecided: Annotated[bool, typer.Option("--undecided", help="Only scans that wait for a decision.")] = False,
+    only_undecided: Annotated[bool, typer.Option("--undecided", help="Only scans that wait for a decision.")] = False,
     grade: Annotated[str, typer.Option(help="Only scans of this grade: PASS, REVIEW or FAIL.")] = "",
     code: Annotated[str, typer.Option(help="Only scans that show this code.")] = "",
 ) -> Result:
     """Every scan with its grade, code and decision."""
-    from fourdvq_client.review_sheet import review_rows
+    from fourdvq_client.review_rows import GRADES, review_rows, undecided
 
     workspace, _ = here()
-    every = review_rows(workspace)
-    rows = [r for r in every if not undecided or (r["content_sha256"] and not r["decision"])]
-    rows = [r for r in rows if grade in ("", r["grade"]) and code in ("", r["code"])]
+    of_grade, of_code = _known("--grade", grade, GRADES), _known("--code", code, tuple(CODES))
+    every = review_rows(workspace.prep)
+    rows = [r for r in every if undecided(r) or not only_undecided]
+    rows = [r for r in rows if of_grade in ("", r["grade"]) and of_code in ("", r["code"])]
     columns = ("pseudonym", "index", "days", "status", "grade", "code", "decision", "dice", "lung_ml")
     shown = [{c: r[c] for c in columns} for r in rows]
-    waiting = sum(bool(r["content_sha256"]) and not r["decision"] for r in every)
+    waiting = sum(undecided(r) for r in every)
     table = console.table(columns, [[r[c] for c in columns] for r in shown])
     return Result({"scans": shown, "undecided": waiting}, (table, f"{waiting} wait for a decision"))
+
+
+def _known(option: str, given: str, words: Sequence[str]) -> str:
+    """One of the words, whatever its case: an unknown one would select nothing, which reads as if there were none."""
+    word = given.upper()
+    if word and word not in words:
+        close = difflib.get_close_matches(word, words, n=1)
+        raise ConfigError("E_USAGE", where=option, found=given, fix=f"did you mean {close[0]}?" if close else "")
+    return word
 
 
 @app.command("approve", epilog=GLOBAL_HELP)
