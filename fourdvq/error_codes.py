@@ -275,6 +275,7 @@ CODES: dict[str, Explanation] = {
     "E_NO_APPROVED": _E("no approved scan", "training reads approved scans only", "decisions in prep/review.csv", "fourdvq-client qc approve", "DATA_INVALID"),
     "E_PATIENT": _E("no such patient", "the id or pseudonym is not in the manifest", "an id or pseudonym of this site", "fourdvq-client qc list", "DATA_INVALID"),
     "E_NO_RESULT": _E("a scan without a result cannot be decided about", "it was refused, it failed, it is damaged, or it is to be made again", "a scan that `qc list` shows with a grade", "fourdvq-client preprocess makes it again; then look at it", "DATA_INVALID"),
+    "E_CONTENT": _E("the scan is no longer what was looked at", "it was made again after the contact sheet was written, so nobody has seen what would be decided about", "the content on the sheet", "fourdvq-client qc open; look at the scan again, then copy the new command", "DATA_INVALID"),
     # generation
     "E_GIVEN": _E("too few scans to generate from", "the model needs the change between two scans", "at least two approved scans at different times", "add an earlier or later scan", "DATA_INVALID"),
     "E_TIMES": _E("times cannot be used", "not increasing, two on one day, or before the first scan", "strictly increasing years since the first scan", "correct --interval, --years or --times", "DATA_INVALID"),

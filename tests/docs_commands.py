@@ -36,7 +36,7 @@ class Note:
 
 _NO_MODEL = "1 no released model, or its files are damaged; 3 no approved scan"
 
-_UNDECIDABLE = "3 no such patient or scan, or one without a result"
+_UNDECIDABLE = "3 no such patient or scan, one without a result, or another content than was named"
 
 CLIENT: dict[str, Note] = {
     "init": Note("init leuven.invitation.json --workdir leuven", "5 the invitation is damaged or of another version"),

@@ -18,7 +18,7 @@ from fourdvq import __version__
 from fourdvq.data.prepared import write_changed
 from fourdvq.errors import CODES
 from fourdvq.preprocessing.records import SMALL_PICTURE, read_qc
-from fourdvq_client.review_rows import GRADES, Row, review_rows, undecided
+from fourdvq_client.review_rows import GRADES, SEEN_DIGITS, Row, review_rows, undecided
 
 _MARK = "fourdvq-fingerprint"
 _HEAD_BYTES = 2000
@@ -100,7 +100,7 @@ def _scan(folder: Path, row: Row) -> str:
     facts = "".join(f"<td{_class(c)}>{cell}</td>" for c, cell in zip(_COLUMNS, cells, strict=True))
     given = {
         "name": name, "grade": grade, "code": " ".join(codes), "decision": decision,
-        "content": "yes" if row["content_sha256"] else "no",
+        "content": row["content_sha256"][:SEEN_DIGITS],
     }  # fmt: skip
     data = " ".join(f'data-{key}="{html.escape(value)}"' for key, value in given.items())
     return f'<tbody tabindex="0" {data}><tr class="facts">{facts}</tr>{_picture(folder / SMALL_PICTURE, row)}</tbody>'

@@ -11,6 +11,7 @@ from fourdvq.preprocessing.records import DAMAGED
 
 Row = dict[str, str]
 GRADES = ("PASS", "REVIEW", "FAIL")
+SEEN_DIGITS = 8  # of content_sha256: enough to tell what a person looked at from what the scan is now
 REDO = "redo"  # status of a scan whose record was taken away, so that the next `preprocess` makes it again
 _NO_RESULT = dict.fromkeys(("grade", "code", "decision", "content_sha256"), "")
 _RETRY = {"refused": "fourdvq-client preprocess", "failed": "fourdvq-client preprocess --retry-failed"}

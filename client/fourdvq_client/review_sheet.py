@@ -8,14 +8,14 @@ from datetime import UTC, datetime
 from typing import Literal, NamedTuple
 
 from fourdvq.data.review import ScanKey, decide
-from fourdvq.errors import ConfigError
+from fourdvq.errors import CohortError, ConfigError
 from fourdvq.preprocessing.records import forget
 from fourdvq_client.preparation import pseudonym_of
-from fourdvq_client.review_rows import Row, review_rows, why_undecidable
+from fourdvq_client.review_rows import SEEN_DIGITS, Row, review_rows, why_undecidable
 from fourdvq_client.shards import tables_locked
 from fourdvq_client.workspace import Workspace
 
-_NAME = re.compile(r"(?P<patient>.*?)(?:/(?P<index>[0-9]+))?")
+_NAME = re.compile(r"(?P<patient>.*?)(?:/(?P<index>[0-9]+)(?:@(?P<content>\w*))?)?")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Choice:
     Raises ConfigError E_USAGE unless it is exactly one of the three: a name beside --all would be lost without a word.
     """
 
-    named: tuple[str, ...] = ()  # PATIENT or PATIENT/SCAN
+    named: tuple[str, ...] = ()  # PATIENT, PATIENT/SCAN or PATIENT/SCAN@CONTENT
     every: bool = False
     passed: bool = False
 
@@ -64,8 +64,8 @@ def record(
     Approving many at once decides about undecided scans only: a person who rejected one named it, and must name it to
     take that back. `redo` takes decisions back and has the scans, masks included, made again by the next `preprocess`.
 
-    Raises CohortError E_PATIENT for an unknown patient or scan, E_NO_RESULT for one that has no result; then
-    nothing is recorded.
+    Raises CohortError E_PATIENT for an unknown patient or scan, E_NO_RESULT for one that has no result, E_CONTENT if a
+    scan is named with another content than it has now; then nothing is recorded.
     """
     from fourdvq_client.contact_sheet import write_sheet
 
@@ -92,13 +92,19 @@ def _meant(workspace: Workspace, choice: Choice) -> list[_Meant]:
 
 def _named(workspace: Workspace, rows: list[Row], text: str) -> list[_Meant]:
     match = _NAME.fullmatch(text)
-    patient, number = match.groups() if match else (text, None)
+    patient, number, content = match.groups() if match else (text, None, None)
     pseudonym, index = pseudonym_of(workspace, patient), None if number is None else int(number)
     found = [r for r in rows if r["pseudonym"] == pseudonym and index in (None, int(r["index"]))]
     ready = [r for r in found if r["content_sha256"]]
     if not ready:
         raise why_undecidable(workspace.prep, found, pseudonym, index)
+    if content is not None and not _is_content(content, ready[0]):
+        raise CohortError("E_CONTENT", where="prep/manifest.csv", found=text)
     return [_meant_as(r, itself=index is not None) for r in ready]
+
+
+def _is_content(given: str, row: Row) -> bool:
+    return len(given) >= SEEN_DIGITS and row["content_sha256"].startswith(given)
 
 
 def _meant_as(row: Row, *, itself: bool) -> _Meant:

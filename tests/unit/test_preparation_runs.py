@@ -391,6 +391,27 @@ def input_of(root: Path, pseudonym: str, index: int) -> Path:
     return data / "scans" / real_ids(workspace)[pseudonym] / f"{index}.nii.gz"
 
 
+@pytest.mark.parametrize("verb", ["approve", "reject"])
+def test_a_command_copied_from_a_sheet_decides_about_nothing_that_was_made_again_since(whole, tmp_path, verb):
+    root = shutil.copytree(whole, tmp_path / "site")
+    page = Path(call(root, "qc", "open")[1]["file"]).read_text()
+    marked = re.findall(r'data-name="(\w+/[01])".* data-content="(\w+)"', page)
+    assert [c for _, c in marked] == [r["content_sha256"][:8] for r in manifest(root)]
+    pseudonym = marked[0][0].partition("/")[0]
+    seen = [f"{name}@{content}" for name, content in marked]
+    assert marked[1][0] == f"{pseudonym}/1"
+    path = input_of(root, pseudonym, 1)
+    volume = read_volume(path)
+    write_nifti(replace(volume, hu=volume.hu + np.int16(1)), path)
+    embedded.preprocess(root)  # at night, while the sheet is open in a browser
+    for words in (seen, seen[1:2], [f"{pseudonym}/1@"], [seen[0][:-1]]):
+        code, error, _ = call(root, "qc", verb, *words, "--by", "Dr Ann")
+        assert (code, error["code"]) == (3, "E_CONTENT")
+        assert not (root / "prep" / "review.csv").exists()
+    assert call(root, "qc", verb, seen[0], f"{pseudonym}/1", *seen[2:], "--by", "Dr Ann")[0] == 0
+    assert {r["decision"] for r in manifest(root)} == {verb}
+
+
 def test_a_scan_to_be_made_again_is_told_from_a_damaged_and_a_refused_one_and_none_can_be_decided_about(root):
     name = manifest(root)[0]["pseudonym"]
     call(root, "qc", "redo", f"{name}/1", "--by", "Dr Ann")
@@ -398,7 +419,7 @@ def test_a_scan_to_be_made_again_is_told_from_a_damaged_and_a_refused_one_and_no
     assert (rows[name, "1"]["status"], rows[name, "1"]["grade"]) == ("redo", "")
     assert call(root, "qc", "list")[1]["undecided"] == 0
     page = (root / "prep" / "contact_sheet.html").read_text()
-    assert re.search(f'data-name="{name}/1" data-grade="none" .* data-content="no"', page)
+    assert re.search(f'data-name="{name}/1" data-grade="none" .* data-content=""', page)
     hu = root / "prep" / name / "2" / "hu.npy"
     hu.write_bytes(hu.read_bytes()[:-1] + b"~")
 

@@ -43,12 +43,14 @@ function sort(header) {
 }
 
 function mark(scan, what) {
-  if (!scan || scan.dataset.content !== "yes") return;
+  if (!scan || !scan.dataset.content) return;
   if (what) scan.dataset.mark = what; else delete scan.dataset.mark;
   scan.querySelector(".mark").textContent = what ? `to ${what}` : "";
+  // The content goes with the name: a scan that was made again since is not decided about unseen. The site's folder does
+  // not, because this file names no path.
   const lines = ["approve", "reject"].map((verb) => {
     const names = visible().concat(scans.filter((s) => s.hidden))
-      .filter((s) => s.dataset.mark === verb).map((s) => s.dataset.name);
+      .filter((s) => s.dataset.mark === verb).map((s) => `${s.dataset.name}@${s.dataset.content}`);
     return names.length ? `fourdvq-client qc ${verb} ${names.join(" ")}` : "";
   });
   command.textContent = lines.filter(Boolean).join("\n");

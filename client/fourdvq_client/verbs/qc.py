@@ -15,7 +15,8 @@ from fourdvq_client.verbs._site import here, user_name
 
 app = typer.Typer(help="Look at prepared scans and decide about them.", no_args_is_help=True, epilog=GLOBAL_HELP)
 
-Patients = Annotated[list[str] | None, typer.Argument(help="PATIENT, or PATIENT/SCAN; pseudonym or hospital id.")]
+_NAMES = "PATIENT or PATIENT/SCAN, pseudonym or hospital id; PATIENT/SCAN@CONTENT is refused if the scan has changed."
+Patients = Annotated[list[str] | None, typer.Argument(help=_NAMES)]
 
 
 @app.command("list", epilog=GLOBAL_HELP)
