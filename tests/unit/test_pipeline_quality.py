@@ -161,6 +161,18 @@ def test_the_measured_facts_are_those_of_the_anatomy(facts):
     assert facts.coverage_mm == pytest.approx(300)
 
 
+@pytest.mark.parametrize("noise", [10.0, 25.0, 60.0, 100.0, 150.0, 200.0])
+def test_noise_is_measured_as_what_was_added_however_much_it_is(noise):
+    scan, mask = chest((40, 64, 64), noise=noise)
+    assert scan_facts(scan, mask.hu > 0, thickness_mm=1.0).noise_hu == pytest.approx(noise, rel=0.1)
+
+
+@pytest.mark.parametrize(("noise", "codes"), [(80.0, []), (150.0, ["V_NOISE"])])
+def test_a_chest_full_of_noise_goes_to_review(noise, codes):
+    scan, mask = chest((40, 64, 64), noise=noise)
+    assert scan_codes(scan_facts(scan, mask.hu > 0, thickness_mm=1.0), LimitsSpec(), method="provided") == codes
+
+
 def test_air_is_judged_only_where_even_air_is_in_view():
     scan, _ = chest((40, 64, 64))
     assert outside_air(replace(scan, hu=scan.hu + 60)) == pytest.approx(-940, abs=3)
