@@ -15,6 +15,7 @@ from fourdvq.config import build, sha256_of, to_plain
 from fourdvq.errors import ConfigError
 
 Answer = Literal["refuse", "warn"]
+WITHOUT_FIELD = ("affine", "none")  # backends that move all of a scan alike
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,7 @@ class GridSpec:
     width: int = 256
 
     def __post_init__(self) -> None:
-        if min(self.size) < 8:
-            raise ValueError(f"grid {self.size} has an axis below 8 voxels")
+        _require((min(self.size) >= 8, f"grid {self.size} has an axis below 8 voxels"))
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -49,6 +49,9 @@ class FovSpec:
 
     mode: Literal["lung_bbox", "full"] = "lung_bbox"
     margin_mm: float = 10.0
+
+    def __post_init__(self) -> None:
+        _require((self.margin_mm >= 0, f"margin_mm {self.margin_mm:g} is below 0"))
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ class OutsideSpec:
     source: Literal["baseline", "own"] = "baseline"
     feather_voxels: int = 0
 
+    def __post_init__(self) -> None:
+        _require((self.feather_voxels >= 0, f"feather_voxels {self.feather_voxels} is below 0"))
+
 
 @dataclass(frozen=True)
 class SegmentationSpec:
@@ -77,14 +83,14 @@ class SegmentationSpec:
     step_mm: float | None = None  # lungmask_r231: look at a slice every so many mm and interpolate; null: every slice
 
     def __post_init__(self) -> None:
-        if not -900.0 <= self.air_hu <= -100.0:
-            raise ValueError(f"air_hu {self.air_hu:g} is not between lung and tissue (-900 to -100)")
-        if self.step_mm is not None and not self.step_mm > 0:
-            raise ValueError(f"step_mm {self.step_mm:g} is not above 0")
-        if self.weights_sha256 and not _is_sha256(self.weights_sha256):
-            raise ValueError(f"weights_sha256 {self.weights_sha256!r} is not 64 hexadecimal digits in lower case")
-        if self.method == "lungmask_r231" and not self.weights_sha256:
-            raise ValueError("method lungmask_r231 needs weights_sha256: the coordinator enters the file's full sha256")
+        sha256 = self.weights_sha256
+        named = bool(sha256) or self.method != "lungmask_r231"
+        _require(
+            (-900.0 <= self.air_hu <= -100.0, f"air_hu {self.air_hu:g} is not between lung and tissue (-900 to -100)"),
+            (self.step_mm is None or self.step_mm > 0, f"step_mm {self.step_mm} is not above 0"),
+            (not sha256 or _is_sha256(sha256), f"weights_sha256 {sha256!r} is not 64 hexadecimal digits in lower case"),
+            (named, "method lungmask_r231 needs weights_sha256: the coordinator enters the file's full sha256"),
+        )
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,19 @@ class RegistrationSpec:
     field_sigma: float = 1.5  # voxels of the level
 
     def __post_init__(self) -> None:
-        if len(self.shrink) != len(self.iterations) or not self.shrink:
-            raise ValueError("shrink and iterations need one number per level")
+        levels = len(self.shrink) == len(self.iterations) > 0
+        share = self.affine_sample_share
+        _require(
+            (self.spacing_mm > 0, f"spacing_mm {self.spacing_mm:g} is not above 0"),
+            (self.margin_mm >= 0, f"margin_mm {self.margin_mm:g} is below 0"),
+            (self.clamp_hu[0] < self.clamp_hu[1], f"clamp_hu {self.clamp_hu} is not increasing"),
+            (self.affine_iterations >= 1, f"affine_iterations {self.affine_iterations} is below 1"),
+            (0 < share <= 1, f"affine_sample_share {share:g} is no share above 0"),
+            (levels, "shrink and iterations need one number per level"),
+            (min(self.shrink, default=0) >= 1, f"shrink {self.shrink} has a factor below 1"),
+            (min(self.iterations, default=0) >= 1, f"iterations {self.iterations} has a number below 1"),
+            (self.field_sigma > 0, f"field_sigma {self.field_sigma:g} is not above 0"),
+        )
 
 
 @dataclass(frozen=True)
@@ -122,6 +139,15 @@ class LimitsSpec:
     tilt: Literal["shear", "refuse"] = "shear"
     pass_dice: float = 0.95
     fail_dice: float = 0.90
+
+    def __post_init__(self) -> None:
+        fail, passed, low, high = self.fail_dice, self.pass_dice, self.min_lung_ml, self.max_lung_ml
+        _require(
+            (self.max_thickness_mm > 0, f"max_thickness_mm {self.max_thickness_mm:g} is not above 0"),
+            (self.min_coverage_mm > 0, f"min_coverage_mm {self.min_coverage_mm:g} is not above 0"),
+            (0 < low < high, f"min_lung_ml {low:g} is not between 0 and max_lung_ml {high:g}"),
+            (0 < fail <= passed <= 1, f"fail_dice {fail:g} and pass_dice {passed:g} are no rising shares up to 1"),
+        )
 
 
 @dataclass(frozen=True)
@@ -150,8 +176,20 @@ class Profile:
     step_versions: StepVersions = field(default_factory=StepVersions)
 
     def __post_init__(self) -> None:
-        if not self.window_hu[0] < self.window_hu[1]:
-            raise ValueError(f"window_hu {self.window_hu} is not increasing")
+        _require(
+            (self.window_hu[0] < self.window_hu[1], f"window_hu {self.window_hu} is not increasing"),
+            (
+                self.outside_lung.source == "baseline" or self._field_covers_the_grid(),
+                "outside_lung: own where a field ends inside the grid would leave a seam: use fov: lung_bbox with a"
+                " margin_mm of at most the registration's",
+            ),
+        )
+
+    def _field_covers_the_grid(self) -> bool:
+        """Whether every voxel of the grid moves smoothly: a field ends at the registration's margin."""
+        if self.registration.backend in WITHOUT_FIELD:
+            return True
+        return self.fov.mode == "lung_bbox" and self.fov.margin_mm <= self.registration.margin_mm
 
     @property
     def sha256(self) -> str:
@@ -202,6 +240,13 @@ def require_supported(profile: Profile) -> None:
             fix="use a profile with one of these methods; all sites of a federation use the same one",
         )
     backend_named(profile.registration.backend)
+
+
+def _require(*rules: tuple[bool, str]) -> None:
+    """Raise ValueError with the words of the first rule that does not hold."""
+    for holds, words in rules:
+        if not holds:
+            raise ValueError(words)
 
 
 def _is_sha256(text: str) -> bool:

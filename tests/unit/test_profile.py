@@ -85,7 +85,24 @@ def test_the_order_of_keys_and_whole_numbers_do_not_change_the_identity():
         ("grid", {"depth": 4}, "E_VALUE"),
         ("grid", {"depht": 96}, "E_KEY"),
         ("limits", {"thick": "ignore"}, "E_TYPE"),
+        ("fov", {"margin_mm": -1}, "E_VALUE"),
+        ("outside_lung", {"feather_voxels": -1}, "E_VALUE"),
+        ("registration", {"spacing_mm": 0}, "E_VALUE"),
+        ("registration", {"margin_mm": -1}, "E_VALUE"),
+        ("registration", {"clamp_hu": [500, -1000]}, "E_VALUE"),
+        ("registration", {"affine_iterations": 0}, "E_VALUE"),
+        ("registration", {"affine_sample_share": 0}, "E_VALUE"),
+        ("registration", {"affine_sample_share": 1.1}, "E_VALUE"),
         ("registration", {"shrink": [4, 2]}, "E_VALUE"),
+        ("registration", {"shrink": [4, 2, 0]}, "E_VALUE"),
+        ("registration", {"iterations": [60, 40, 0]}, "E_VALUE"),
+        ("registration", {"field_sigma": 0}, "E_VALUE"),
+        ("limits", {"max_thickness_mm": 0}, "E_VALUE"),
+        ("limits", {"min_coverage_mm": 0}, "E_VALUE"),
+        ("limits", {"min_lung_ml": 0}, "E_VALUE"),
+        ("limits", {"min_lung_ml": 8000}, "E_VALUE"),
+        ("limits", {"fail_dice": 0.96}, "E_VALUE"),
+        ("limits", {"pass_dice": 1.01}, "E_VALUE"),
         ("segmentation", {"method": "lungmask_r231"}, "E_VALUE"),
         ("segmentation", {"weights_sha256": "d5d2fc3d"}, "E_VALUE"),
         ("segmentation", {"air_hu": 40}, "E_VALUE"),
@@ -98,6 +115,26 @@ def test_a_wrong_value_names_its_key(section, value, code):
     plain[section] = {**plain[section], **value} if isinstance(value, dict) else value
     with pytest.raises(ConfigError, match=f"{code}.*profile"):
         profile_from(plain)
+
+
+@pytest.mark.parametrize(
+    ("fov", "backend", "loads"),
+    [
+        ({"mode": "lung_bbox", "margin_mm": 15}, "corrfield", True),
+        ({"mode": "lung_bbox", "margin_mm": 16}, "corrfield", False),
+        ({"mode": "full"}, "demons", False),
+        ({"mode": "full"}, "affine", True),
+    ],
+)
+def test_a_follow_up_keeps_its_own_tissue_only_where_the_field_covers_the_grid(fov, backend, loads):
+    plain = {"profile": {"name": "a"}, "fov": fov, "registration": {"backend": backend}}
+    assert profile_from(plain).outside_lung.source == "baseline"
+    plain["outside_lung"] = {"source": "own"}
+    if loads:
+        profile_from(plain)
+    else:
+        with pytest.raises(ConfigError, match=r"E_VALUE.*a seam"):
+            profile_from(plain)
 
 
 def test_a_file_that_is_missing_or_no_yaml_is_refused(tmp_path):
