@@ -11,6 +11,7 @@ from scipy import ndimage
 from fourdvq.data.volume import Volume
 
 AIR = -1024.0
+FACE_ABOVE_MM = 60.0  # from the apex of the lungs upwards: from here on a face may be in view
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,15 @@ def lung_box(mask: np.ndarray, spacing: tuple[float, float, float], margin_mm: f
         low.append(float(inside[0] * step - margin_mm))
         high.append(float((inside[-1] + 1) * step + margin_mm))
     return Box((low[0], low[1], low[2]), (high[0], high[1], high[2]))
+
+
+def below_the_face(box: Box, lung: np.ndarray, spacing: tuple[float, float, float]) -> Box:
+    """The box without what lies more than FACE_ABOVE_MM above a lung mask (D, H, W) of an LPS-oriented scan.
+
+    A face can be drawn from CT and be recognised: it must not reach what is prepared, whatever the field of view.
+    """
+    apex_mm = float((np.flatnonzero(lung.any(axis=(1, 2)))[-1] + 1) * spacing[0])
+    return Box(box.low, (min(box.high[0], apex_mm + FACE_ABOVE_MM), box.high[1], box.high[2]))
 
 
 def full_box(volume: Volume) -> Box:

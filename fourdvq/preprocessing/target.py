@@ -9,7 +9,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from fourdvq.data.volume import HU_MAX, HU_MIN, Volume, to_image
-from fourdvq.preprocessing.grid import Grid, antialiased, full_box, grid_of_size, lung_box, resample
+from fourdvq.preprocessing.grid import Grid, antialiased, below_the_face, full_box, grid_of_size, lung_box, resample
 from fourdvq.preprocessing.pictures import PairView
 from fourdvq.preprocessing.profile import Profile
 from fourdvq.preprocessing.registration import Registration, jacobian_determinant
@@ -28,7 +28,7 @@ def on_target_grid(volume: Volume, lung: np.ndarray, profile: Profile) -> Target
     """The grid that a baseline and its lung mask (bool, on its own grid) define, and the baseline on it."""
     margin = profile.fov.margin_mm
     box = lung_box(lung, volume.spacing, margin) if profile.fov.mode == "lung_bbox" else full_box(volume)
-    grid = grid_of_size(volume, box, profile.grid.size)
+    grid = grid_of_size(volume, below_the_face(box, lung, volume.spacing), profile.grid.size)
     nearest = profile.resample.interpolation == "nearest"
     hu = _as_hu(resample(_source_image(volume, grid, profile), grid, nearest=nearest))
     place = Volume(lung, volume.spacing, volume.origin, volume.direction)
