@@ -1,13 +1,17 @@
-"""Threshold masks of real public CT, against the masks and labels that came with it."""
+"""Masks of real public CT: found by thresholds, against the given ones; given ones, judged where the field is small."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
 from fourdvq.data.volume import Volume, read_mask, read_volume
-from fourdvq.preprocessing.profile import SegmentationSpec
+from fourdvq.preprocessing.grades import scan_codes
+from fourdvq.preprocessing.profile import LimitsSpec, SegmentationSpec
+from fourdvq.preprocessing.quality import scan_facts
 from fourdvq.preprocessing.segmentation import field_cuts, threshold_mask
 
 AIRWAY = 2  # type of a label of lm-64: value = region + 256 x type
@@ -51,6 +55,33 @@ def test_the_whole_chest_is_not_cut_and_every_half_of_it_is(chest):
     for side, part in halves.items():
         half = Volume(np.ascontiguousarray(scan.hu[part]), scan.spacing)
         assert side in field_cuts(half, np.ascontiguousarray(given[part]))
+
+
+def cropped(scan: Volume, given: np.ndarray, voxels: int) -> tuple[Volume, np.ndarray]:
+    """The chest without its outer voxels to the front, back and sides."""
+    part = np.s_[:, voxels:-voxels, voxels:-voxels]
+    return replace(scan, hu=np.ascontiguousarray(scan.hu[part])), np.ascontiguousarray(given[part])
+
+
+@pytest.mark.parametrize("voxels", [1, 2])
+def test_a_body_that_touches_the_edge_of_the_field_does_not_put_a_good_mask_in_doubt(chest, voxels):
+    scan, given = cropped(*chest, voxels)
+    facts = scan_facts(scan, given, thickness_mm=1.0)
+    assert facts.leak_percent == 0.0
+    assert scan_codes(facts, LimitsSpec(), method="provided") == []
+
+
+@pytest.mark.parametrize("voxels", [3, 4, 5, 6, 8])
+def test_a_cut_lung_is_refused_for_its_cut_and_not_for_its_intercept(chest, voxels):
+    scan, given = cropped(*chest, voxels)
+    codes = scan_codes(scan_facts(scan, given, thickness_mm=1.0), LimitsSpec(), method="provided")
+    assert codes == ["E_FOV"]
+
+
+def test_a_wrong_intercept_is_seen_where_the_field_cuts_the_lung_too(chest):
+    scan, given = cropped(*chest, 3)
+    wrong = replace(scan, hu=scan.hu + np.int16(60))
+    assert "E_HU" in scan_codes(scan_facts(wrong, given, thickness_mm=1.0), LimitsSpec(), method="provided")
 
 
 def test_a_crop_that_opens_the_lung_keeps_it_and_says_where(real_data):

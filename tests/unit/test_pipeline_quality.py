@@ -142,6 +142,17 @@ def test_holes_and_leaks_are_measured_as_shares_of_the_lung():
     assert scan_facts(scan, lung, thickness_mm=1.0).leak_percent == 0.0
 
 
+@pytest.mark.parametrize("margin", [0, 1, 3])
+def test_a_body_that_reaches_the_edge_of_the_field_has_not_leaked(margin):
+    scan, mask = chest((40, 64, 64))
+    body = np.flatnonzero((scan.hu > 0).any(axis=(0, 1)))
+    part = np.s_[:, :, body[0] + margin : body[-1] + 1 - margin]
+    seen = replace(scan, hu=np.ascontiguousarray(scan.hu[part]))
+    facts = scan_facts(seen, np.ascontiguousarray(mask.hu[part] > 0), thickness_mm=1.0)
+    assert facts.leak_percent == 0.0
+    assert scan_codes(facts, LimitsSpec(), method="provided") == []
+
+
 def test_the_threshold_method_always_asks_for_a_look(facts):
     assert scan_codes(facts, LimitsSpec(), method="threshold") == ["V_MASK"]
     assert grade_of(["V_MASK"]) == "REVIEW"

@@ -18,10 +18,10 @@ _NEIGHBOURS_IN_SLICE = np.pad(IN_SLICE, ((1, 1), (0, 0), (0, 0)))
 
 
 def filled_body(scan: Volume) -> tuple[np.ndarray, np.ndarray]:
-    """(HU, body with its air) on a coarse view of the scan, about 4 mm: enough to look at the air around the body."""
+    """(HU, body with its air, lungs that the field opens too) on a coarse view of the scan, about 4 mm."""
     steps = tuple(max(1, round(4.0 / s)) for s in scan.spacing)
     coarse = np.asarray(scan.hu[:: steps[0], :: steps[1], :: steps[2]], dtype=np.float32)
-    return coarse, _filled(_body(coarse, AIR_HU))
+    return coarse, inside_body(coarse, padding_of(coarse), air_hu=AIR_HU)
 
 
 def inside_body(hu: np.ndarray, padding: np.ndarray, *, air_hu: float) -> np.ndarray:
@@ -72,7 +72,9 @@ def large_components(mask: np.ndarray, min_voxels: float, keep: int = 2) -> np.n
 
 
 def _body(hu: np.ndarray, air_hu: float) -> np.ndarray:
-    return large_components(ndimage.binary_opening(hu > air_hu), 1, keep=1)
+    # The image ends where the body goes on: an opening that sees air beyond the border would lay open what touches it.
+    wider = np.pad(hu > air_hu, 1, mode="edge")
+    return large_components(ndimage.binary_opening(wider)[1:-1, 1:-1, 1:-1], 1, keep=1)
 
 
 def _filled(body: np.ndarray) -> np.ndarray:
