@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from fourdvq.data.volume import Volume, read_mask, read_volume
+from fourdvq.data.volume import Volume, read_mask, read_volume, to_image
 from fourdvq.preprocessing.grades import scan_codes
 from fourdvq.preprocessing.profile import LimitsSpec, SegmentationSpec
 from fourdvq.preprocessing.quality import scan_facts
-from fourdvq.preprocessing.segmentation import field_cuts, threshold_mask
+from fourdvq.preprocessing.segmentation import field_cuts, lung_sides, threshold_mask
 
 AIRWAY = 2  # type of a label of lm-64: value = region + 256 x type
+RIGHT, LEFT = (12, 13, 14), (9, 10, 11)  # its regions: thirds of each lung
+TURNED_MM = 3.0
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,34 @@ def test_the_profiles_threshold_agrees_with_the_given_mask_and_leaves_the_airway
 def test_the_choice_of_the_threshold_hardly_matters(chest, air_hu):
     scan, given = chest
     assert dice(threshold_mask(scan, air_hu=air_hu), given) >= 0.97
+
+
+@pytest.mark.parametrize(
+    "degrees", [(0, 0, 0), (0, 12, 0), (0, 18, 0), (0, 22, 0), (10, 15, 20), (0, 0, 25), (25, 0, 0)]
+)
+def test_right_and_left_are_those_of_the_labels_however_the_grid_is_turned(chest, real_data, degrees):
+    scan, given = chest
+    regions = sitk.GetArrayFromImage(sitk.ReadImage(str(real_data / "cip" / "lm-64.nrrd"))) % 256
+    right, left = (on_turned_grid(scan, np.isin(regions, side), degrees) for side in (RIGHT, LEFT))
+    found = lung_sides(on_turned_grid(scan, given, degrees), (TURNED_MM,) * 3)
+    assert found.two
+    true_ml = [side.sum() * TURNED_MM**3 / 1000 for side in (right, left)]
+    assert (found.right_ml, found.left_ml) == pytest.approx(true_ml, rel=0.02)
+    assert not lung_sides(right, (TURNED_MM,) * 3).two
+    assert not lung_sides(left, (TURNED_MM,) * 3).two
+
+
+def on_turned_grid(scan: Volume, mask: np.ndarray, degrees: tuple[int, int, int]) -> np.ndarray:
+    """The mask on a grid around the same middle whose axes are turned about x, y and z."""
+    image = to_image(replace(scan, hu=mask.astype(np.int16)))
+    turn = sitk.Euler3DTransform()
+    turn.SetRotation(*np.deg2rad(degrees).tolist())
+    middle = np.array(image.TransformContinuousIndexToPhysicalPoint([n / 2 for n in image.GetSize()]))
+    direction = np.array(turn.GetMatrix()).reshape(3, 3)
+    size = 140
+    origin = middle - direction @ np.full(3, (size - 1) * TURNED_MM / 2)
+    grid = ([size] * 3, sitk.Transform(), sitk.sitkLinear, origin.tolist(), [TURNED_MM] * 3, turn.GetMatrix())
+    return sitk.GetArrayFromImage(sitk.Resample(image, *grid, 0.0, sitk.sitkFloat32)) >= 0.5
 
 
 def test_the_whole_chest_is_not_cut_and_every_half_of_it_is(chest):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from fourdvq.data import phantom
 from fourdvq.data.volume import Volume
@@ -72,6 +73,18 @@ def test_left_and_right_are_split_where_the_profile_dips(scan_and_truth):
     one[:, :, middle:] = False
     assert not lung_sides(one, scan.spacing).two
     assert lung_sides(np.zeros_like(one), scan.spacing) == LungSides(0.0, 0.0, two=False)
+
+
+@pytest.mark.parametrize("plane", [(0, 2), (1, 2)])
+@pytest.mark.parametrize("degrees", [-30, -20, 20, 30])
+def test_a_tilted_or_turned_patient_has_the_same_two_lungs(scan_and_truth, plane, degrees):
+    scan, truth = scan_and_truth
+    upright = lung_sides(truth, scan.spacing)
+    turned = lung_sides(ndimage.rotate(truth, degrees, plane, order=0), scan.spacing)  # voxels of 4 mm on all axes
+    assert turned.two
+    assert (turned.right_ml, turned.left_ml) == pytest.approx((upright.right_ml, upright.left_ml), rel=0.02)
+    one = truth & (np.arange(truth.shape[2]) < truth.shape[2] // 2)
+    assert not lung_sides(ndimage.rotate(one, degrees, plane, order=0), scan.spacing).two
 
 
 def test_a_provided_mask_must_be_there_and_on_the_scans_grid(scan_and_truth):
