@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from scipy import ndimage
 
 from fourdvq.data.volume import Volume, read_mask, read_volume, to_image
 from fourdvq.preprocessing.grades import scan_codes
@@ -112,6 +113,29 @@ def test_a_wrong_intercept_is_seen_where_the_field_cuts_the_lung_too(chest):
     scan, given = cropped(*chest, 3)
     wrong = replace(scan, hu=scan.hu + np.int16(60))
     assert "E_HU" in scan_codes(scan_facts(wrong, given, thickness_mm=1.0), LimitsSpec(), method="provided")
+
+
+@pytest.mark.parametrize("radius_mm", [40.0, 48.0, 56.0])
+def test_gas_of_the_stomach_is_not_taken_for_a_lung_where_the_two_lungs_touch(chest, radius_mm):
+    """The lungs of ct-64 are one space after thresholds, so a second large space is not the other lung."""
+    scan, given = with_abdomen(*chest)
+    z, y, x = np.meshgrid(*[np.arange(n) * s for n, s in zip(scan.hu.shape, scan.spacing, strict=True)], indexing="ij")
+    at = np.argwhere(given[:, :, given.shape[2] // 2 :]).mean(axis=0) * scan.spacing
+    left_mm = at[2] + given.shape[2] // 2 * scan.spacing[2]
+    gas = (z - 110 + radius_mm) ** 2 + (y - at[1]) ** 2 + (x - left_mm) ** 2 < radius_mm**2
+    gas &= ~ndimage.binary_dilation(given, iterations=2)
+    assert gas.sum() * scan.voxel_ml > 200
+    found = threshold_mask(replace(scan, hu=np.where(gas, np.int16(-980), scan.hu)))
+    assert not (found & gas).any()
+    assert dice(found, given) > 0.97
+
+
+def with_abdomen(scan: Volume, given: np.ndarray, mm: float = 100.0) -> tuple[Volume, np.ndarray]:
+    """The chest with its lowest body outline of soft tissue going on downwards."""
+    more = round(mm / scan.spacing[0])
+    body = np.stack([ndimage.binary_fill_holes(scan.hu[2] > -400)] * more)
+    below = np.where(body, np.int16(40), np.int16(-1000))
+    return replace(scan, hu=np.concatenate([below, scan.hu])), np.pad(given, ((more, 0), (0, 0), (0, 0)))
 
 
 def test_a_crop_that_opens_the_lung_keeps_it_and_says_where(real_data):

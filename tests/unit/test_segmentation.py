@@ -62,6 +62,46 @@ def test_small_gas_and_no_gas_give_an_empty_mask():
     assert not threshold_mask(scan).any()
 
 
+@pytest.fixture(scope="module")
+def scan_with_gas() -> tuple[Volume, np.ndarray, np.ndarray]:
+    """A chest with 100 mm of abdomen, its lungs, and 700 ml of gas under the left one."""
+    scan, mask = chest((75, 96, 96))
+    below = round(100 / scan.spacing[0])
+    hu = np.pad(scan.hu, ((below, 0), (0, 0), (0, 0)), mode="edge")
+    lung = np.pad(mask.hu > 0, ((below, 0), (0, 0), (0, 0)))
+    place = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(hu.shape, scan.spacing, strict=True)]
+    z, y, x = np.meshgrid(*place, indexing="ij")
+    dome = place[0][np.flatnonzero(lung.any(axis=(1, 2)))[0]]
+    gas = (z - dome + 45) ** 2 + y**2 + (x - 80) ** 2 < 55**2
+    gas &= ~ndimage.binary_dilation(lung, iterations=2)
+    hu[gas] = -980
+    return replace(scan, hu=hu), lung, gas
+
+
+def is_left(mask: np.ndarray) -> np.ndarray:
+    return mask & (np.arange(mask.shape[2]) >= mask.shape[2] // 2)
+
+
+def test_gas_under_the_diaphragm_is_not_the_other_lung_of_a_patient_who_has_one(scan_with_gas):
+    scan, lung, gas = scan_with_gas
+    assert gas.sum() * scan.voxel_ml > 500
+    found = threshold_mask(replace(scan, hu=np.where(is_left(lung), np.int16(30), scan.hu)))
+    assert not (found & gas).any()
+    assert overlap(found, lung & ~is_left(lung)) > 0.97
+    assert not lung_sides(found, scan.spacing).two
+
+
+@pytest.mark.parametrize("share", [0.0, 0.35, 0.6])
+def test_a_lung_above_a_raised_diaphragm_is_kept_and_the_gas_below_it_is_not(scan_with_gas, share):
+    scan, lung, gas = scan_with_gas
+    slices = np.flatnonzero(lung.any(axis=(1, 2)))
+    up_to = slices[0] + round(share * slices.size)
+    raised = is_left(lung) & (np.arange(len(lung))[:, None, None] < up_to)
+    found = threshold_mask(replace(scan, hu=np.where(raised, np.int16(40), scan.hu)))
+    assert not (found & gas).any()
+    assert overlap(found, lung & ~raised) > 0.97
+
+
 def test_left_and_right_are_split_where_the_profile_dips(scan_and_truth):
     scan, truth = scan_and_truth
     sides = lung_sides(truth, scan.spacing)

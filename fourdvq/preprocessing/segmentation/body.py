@@ -60,21 +60,13 @@ def reaching(inside: np.ndarray, edge: np.ndarray) -> np.ndarray:
     return result
 
 
-def large_components(mask: np.ndarray, min_voxels: float, keep: int = 2) -> np.ndarray:
-    """The `keep` largest parts of a mask that have at least `min_voxels` voxels."""
-    labels, n = ndimage.label(mask)
-    sizes = np.bincount(labels.ravel(), minlength=n + 1)
-    sizes[0] = 0
-    kept = np.zeros(n + 1, dtype=bool)
-    kept[np.argsort(sizes)[::-1][:keep]] = True
-    result: np.ndarray = (kept & (sizes >= max(min_voxels, 1)))[labels]
-    return result
-
-
 def _body(hu: np.ndarray, air_hu: float) -> np.ndarray:
     # The image ends where the body goes on: an opening that sees air beyond the border would lay open what touches it.
     wider = np.pad(hu > air_hu, 1, mode="edge")
-    return large_components(ndimage.binary_opening(wider)[1:-1, 1:-1, 1:-1], 1, keep=1)
+    labels, _ = ndimage.label(ndimage.binary_opening(wider)[1:-1, 1:-1, 1:-1])
+    sizes = np.bincount(labels.ravel(), minlength=2)
+    result: np.ndarray = labels == 1 + np.argmax(sizes[1:])
+    return result
 
 
 def _filled(body: np.ndarray) -> np.ndarray:

@@ -13,7 +13,8 @@ from scipy import ndimage
 
 from fourdvq.data.volume import HU_MIN, Volume, from_image, to_image
 from fourdvq.preprocessing.segmentation.airway import find_airway
-from fourdvq.preprocessing.segmentation.body import AIR_HU, inside_body, large_components, padding_of
+from fourdvq.preprocessing.segmentation.body import AIR_HU, inside_body, padding_of
+from fourdvq.preprocessing.segmentation.sides import lung_sides
 
 WORKING_MM = 2.0
 SMOOTHING_VARIANCE_MM2 = 1.0
@@ -32,7 +33,7 @@ def threshold_mask(scan: Volume, *, air_hu: float = AIR_HU) -> np.ndarray:
     inside = inside_body(work.hu, _padding(image), air_hu=air_hu)
     air = ndimage.binary_opening((work.hu < air_hu) & inside)
     airway = find_airway(work, air, tissue_hu=air_hu)
-    lung = large_components(air & ~airway, MIN_COMPONENT_ML / work.voxel_ml)
+    lung = _lungs(air & ~airway, work.spacing)
     if not lung.any():
         return np.zeros(scan.hu.shape, dtype=bool)
     closed = _close(lung, work.spacing, CLOSING_MM) & ~airway
@@ -41,6 +42,26 @@ def threshold_mask(scan: Volume, *, air_hu: float = AIR_HU) -> np.ndarray:
     native = sitk.Resample(mask, image, sitk.Transform(), sitk.sitkNearestNeighbor, 0)
     result: np.ndarray = sitk.GetArrayViewFromImage(native) > 0
     return result
+
+
+def _lungs(air: np.ndarray, spacing: tuple[float, float, float]) -> np.ndarray:
+    """The largest air-filled space, and the other lung if that one is a single lung; empty if none has 200 ml.
+
+    What else is large is gas of the stomach or the bowel. It lies under a diaphragm: unlike a lung, it does not reach
+    above the middle of the other lung's height.
+    """
+    labels, n = ndimage.label(air)
+    ml = np.bincount(labels.ravel(), minlength=n + 1)[1:] * float(np.prod(spacing)) / 1000.0
+    large = [i for i in np.argsort(-ml, kind="stable") if ml[i] >= MIN_COMPONENT_ML]
+    if not large:
+        return np.zeros_like(air)
+    first: np.ndarray = labels == large[0] + 1
+    if lung_sides(first, spacing).two:
+        return first
+    heights = [part[0] for part in ndimage.find_objects(labels)]
+    middle = (heights[large[0]].start + heights[large[0]].stop) / 2
+    second = next((i + 1 for i in large[1:] if heights[i].stop > middle), 0)
+    return first | (labels == second) if second else first
 
 
 def _padding(image: sitk.Image) -> np.ndarray:
