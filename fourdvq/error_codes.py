@@ -245,7 +245,7 @@ CODES: dict[str, Explanation] = {
     "E_TILT": _E("tilted gantry", "the slices are sheared against their axis", "slices along their normal", "export an untilted series", "DATA_INVALID"),
     "E_MIXED": _E("mixed images in one series", "orientation, size or spacing differ", "one geometry per series", "export one series only", "DATA_INVALID"),
     "E_GEOMETRY": _E("position or orientation is missing", "the header lacks ImagePositionPatient, ImageOrientationPatient or PixelSpacing", "complete geometry tags", "export with complete headers", "DATA_INVALID"),
-    "E_RESCALE": _E("Hounsfield scale is missing", "RescaleSlope or RescaleIntercept is absent", "rescale tags in every slice", "export with complete headers", "DATA_INVALID"),
+    "E_RESCALE": _E("Hounsfield scale is missing or wrong", "RescaleSlope or RescaleIntercept is absent, or contradicts the pixels", "rescale tags in every slice that fit its pixels", "export with complete headers", "DATA_INVALID"),
     "E_HU": _E("intensities are not Hounsfield units", "wrong intercept, a window burnt in, or 8-bit export", "air near -1000 HU", "export original CT values", "DATA_INVALID"),
     "E_THICK": _E("slices are too thick", "thin structures are lost", "the profile's max_thickness_mm", "export the thin reconstruction", "DATA_INVALID"),
     "E_FOV": _E("the lung is cut by the field of view", "the scan does not cover the whole lung", "both lungs inside the image", "use a full chest scan", "DATA_INVALID"),

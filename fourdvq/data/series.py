@@ -26,6 +26,7 @@ from fourdvq.errors import VolumeError
 
 SLICE_JUMP_HU = 300.0  # median difference to both neighbours: one slice with another rescale
 ODD_SCALES = 2  # so few slices with a scale of their own must show that they need it
+CLEARLY_APART = 2.0  # neighbours that differ so many times as much with their own scales as with one for both
 PIXEL_RANGE_MM = (0.38, 0.98)  # paper section 3
 # Uncompressed, deflated, RLE, JPEG baseline to lossless, JPEG-LS, JPEG 2000 and HTJ2K: read by SimpleITK 2.5.
 SYNTAXES = frozenset(
@@ -167,22 +168,55 @@ def _check_hounsfield(hu: np.ndarray, where: str) -> None:
 
 
 def _check_scales(stack: SliceStack, hu: np.ndarray) -> None:
-    """A slice with a scale that hardly any other has must look more like its neighbours with it than with theirs.
+    """Scales that change within a series must be borne out by the pixels.
 
     A damaged RescaleSlope or RescaleIntercept is a number like any other; the pixels alone can tell.
     """
     counts = Counter(_scale(s) for s in stack.slices)
-    usual = [scale for scale, count in counts.items() if count > ODD_SCALES]
-    if len(counts) == 1 or not usual:
+    if len(counts) == 1:
         return
-    for i, s in enumerate(stack.slices):
+    _check_rare_scales(stack.slices, hu, counts)
+    _check_changes(stack.slices, hu, counts)
+
+
+def _check_rare_scales(slices: Sequence[SliceHeader], hu: np.ndarray, counts: Counter[tuple[float, float]]) -> None:
+    """A slice with a scale that hardly any other has must look more like its neighbours with it than with theirs."""
+    usual = [scale for scale, count in counts.items() if count > ODD_SCALES]
+    for i, s in enumerate(slices if usual else ()):
         if _scale(s) in usual:
             continue
         beside = np.mean([hu[k] for k in (i - 1, i + 1) if 0 <= k < len(hu)], axis=0)
         own = float(np.abs(hu[i] - beside).mean())
         if own > 0.5 * min(float(np.abs(_rescaled(s, scale, hu[i]) - beside).mean()) for scale in usual):
-            found = f"slope {s.slope:g} and intercept {s.intercept:g}, which the pixels do not bear out"
-            raise VolumeError("E_RESCALE", where=shown(s.path), found=found, wanted="the scale of the other slices")
+            raise _not_borne_out(s)
+
+
+def _check_changes(slices: Sequence[SliceHeader], hu: np.ndarray, counts: Counter[tuple[float, float]]) -> None:
+    """Where the scale changes the HU must go on: a block of slices with a wrong scale is at odds at its ends alone."""
+    step = max(1, hu.shape[1] // 128)
+    for i in range(1, len(slices)):
+        before, after = slices[i - 1], slices[i]
+        if _scale(before) == _scale(after):
+            continue
+        across = hu[i, ::step, ::step].astype(np.float32) - hu[i - 1, ::step, ::step]
+        if abs(float(np.median(across))) > SLICE_JUMP_HU or _goes_on_better(before, after, hu[i - 1 : i + 1], step):
+            raise _not_borne_out(min((after, before), key=lambda s: counts[_scale(s)]))
+
+
+def _goes_on_better(before: SliceHeader, after: SliceHeader, hu: np.ndarray, step: int) -> bool:
+    """Whether two slices, HU (2, rows, columns), differ by less than half as much with one scale for both.
+
+    Of the mean over every `step`th pixel: where much of an image is air, a wrong slope leaves the median as it is.
+    """
+    alike = _rescaled(after, _scale(before), hu[1])
+    some = np.s_[::step, ::step]
+    own, shared = (float(np.abs(image[some].astype(np.float32) - hu[0][some]).mean()) for image in (hu[1], alike))
+    return own > CLEARLY_APART * shared
+
+
+def _not_borne_out(s: SliceHeader) -> VolumeError:
+    found = f"slope {s.slope:g} and intercept {s.intercept:g}, which the pixels do not bear out"
+    return VolumeError("E_RESCALE", where=shown(s.path), found=found, wanted="the scale of the other slices")
 
 
 def _scale(s: SliceHeader) -> tuple[float, float]:

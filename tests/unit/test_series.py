@@ -171,6 +171,34 @@ def test_a_wrong_intercept_is_refused_in_one_slice_and_in_all(volume, tmp_path, 
     assert refusal(tmp_path) == "E_HU"
 
 
+@pytest.mark.parametrize("block", [range(2), range(3), range(10, 13), range(8, 16), range(21, 24), range(12)])
+@pytest.mark.parametrize(("name", "value"), [("RescaleIntercept", 0), ("RescaleIntercept", -3000), ("RescaleSlope", 3)])
+def test_a_wrong_scale_is_refused_in_a_block_of_slices_however_long_and_one_of_its_files_is_named(
+    volume, tmp_path, block, name, value
+):
+    def edit(i, data):
+        if i in block:
+            setattr(data, name, value)
+
+    files = write_series(tmp_path, volume, edit=edit)
+    with pytest.raises(VolumeError) as caught:
+        loaded(tmp_path)
+    assert caught.value.code == "E_RESCALE"
+    named = {str(files[i]) for i in (block if len(block) < 12 else range(24))}
+    assert caught.value.where in named
+
+
+@pytest.mark.parametrize("slope", [lambda i: 0.5 + 0.01 * i, lambda i: 0.5 if i < 12 else 0.8, lambda i: 1 - i % 2 / 2])
+def test_scales_that_change_where_the_pixels_follow_them_are_read(volume, tmp_path, slope):
+    def own_scale(i, data):
+        data.RescaleSlope = round(slope(i), 3)
+        stored = (volume.hu[i].astype(np.float64) + 1024) / float(data.RescaleSlope)
+        data.PixelData = np.rint(stored).astype("<u2").tobytes()
+
+    write_series(tmp_path, volume, edit=own_scale)
+    np.testing.assert_allclose(loaded(tmp_path).volume.hu, volume.hu, atol=1)
+
+
 def test_a_file_cut_short_is_refused_by_its_name_and_never_dropped(volume, tmp_path):
     files = write_series(tmp_path, volume)
     whole = files[5].read_bytes()
