@@ -22,6 +22,7 @@ from fourdvq.data.limits import ReaderLimits, shown
 from fourdvq.errors import VolumeError
 
 FORM_TOLERANCE_MM = 0.1  # how far the two placements may differ at a corner of the image
+MAX_DATA_OFFSET = 1 << 20  # bytes: before the voxels lie notes at most, and what is skipped is inflated all the same
 
 
 def check_nifti(path: Path, limits: ReaderLimits) -> ImageHeader:
@@ -123,8 +124,8 @@ class _NiftiHeader:
             "data in another file": raw[at : at + len(magic)] != magic,
             f"voxels of type {kind} with {bits} bits": voxel is None or voxel.itemsize * 8 != bits,
             "lengths that are not in mm": (units & 7) not in _MM_OR_UNKNOWN,
-            "voxels inside the header": not (
-                math.isfinite(offset) and offset == int(offset) >= layout.header_bytes + 4
+            f"voxels from byte {offset:g} on": not (
+                layout.header_bytes + 4 <= offset <= MAX_DATA_OFFSET and offset == int(offset)
             ),
         }
         for found, fails in faults.items():

@@ -164,6 +164,13 @@ def test_headers_that_never_end_or_say_things_twice_are_refused(scan, tmp_path):
         ("f", 116, (-1024.0,)),  # a usual offset, but the stored values are HU already
         ("4s", 344, (b"ni1\0",)),  # data in another file
         ("f", 108, (100.0,)),  # voxels inside the header
+        ("f", 108, (352.5,)),  # between two bytes
+        ("f", 108, (-352.0,)),
+        ("f", 108, (1e9,)),  # beyond all that a header may hold
+        ("f", 108, (1e13,)),
+        ("f", 108, (3e19,)),
+        ("f", 108, (float("nan"),)),
+        ("f", 108, (float("inf"),)),
         ("f", 256, (float("nan"),)),  # a placement that is no number
     ],
 )
@@ -173,6 +180,29 @@ def test_a_nifti_header_that_says_something_else_is_refused(scan, tmp_path, form
     struct.pack_into("<" + form, raw, at, *values)
     (tmp_path / "a.nii").write_bytes(raw)
     assert refusal(tmp_path / "a.nii").code in ("E_NIFTI", "E_CORRUPT")
+
+
+def test_what_lies_between_a_nifti_header_and_its_voxels_is_not_inflated_without_bound(scan, tmp_path):
+    write_nifti(scan, tmp_path / "a.nii")
+    header = bytearray((tmp_path / "a.nii").read_bytes()[:352])
+    struct.pack_into("<f", header, 108, 1e9)
+    with gzip.open(tmp_path / "a.nii.gz", "wb", compresslevel=1) as stream:
+        stream.write(header)
+        for _ in range(256):
+            stream.write(bytes(1 << 20))
+    error = refusal(tmp_path / "a.nii.gz", decode_memory_mb=64)
+    assert (error.code, error.found) == ("E_NIFTI", "voxels from byte 1e+09 on")
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_a_nifti_file_with_notes_behind_its_header_is_read(scan, tmp_path, name):
+    write_nifti(scan, tmp_path / "plain.nii")
+    raw = bytearray((tmp_path / "plain.nii").read_bytes())
+    notes = struct.pack("<4b2i", 1, 0, 0, 0, 4096, 6) + bytes(4096 - 8)
+    struct.pack_into("<f", raw, 108, 348 + len(notes))
+    packed = gzip.compress if name.endswith(".gz") else bytes
+    (tmp_path / name).write_bytes(packed(bytes(raw[:348]) + notes + bytes(raw[352:])))
+    np.testing.assert_array_equal(read_volume(tmp_path / name).hu, scan.hu)
 
 
 def test_a_scanners_unsigned_values_with_their_usual_offset_are_read(scan, tmp_path):
