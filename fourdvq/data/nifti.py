@@ -41,17 +41,18 @@ def check_nifti(path: Path, limits: ReaderLimits) -> ImageHeader:
 
 
 def _check_forms(header: _NiftiHeader, path: Path) -> None:
-    """A NIfTI file can hold two placements; if both are set they must agree, and one of them must be set."""
+    """A NIfTI file says twice where its voxels lie, by qform and sform or by sform and voxel sizes: both must agree."""
     if header.qform_code <= 0 and header.sform_code <= 0:
         raise VolumeError("E_NIFTI", where=shown(path), found="no placement (qform and sform codes are 0)")
-    placements = [header.qform()] if header.qform_code > 0 else []
-    placements += [header.sform] if header.sform_code > 0 else []
-    if not all(np.isfinite(p).all() for p in placements):
+    # Beside an sform alone its own directions with the header's voxel sizes: that is what ITK takes.
+    name, other = ("qform", header.qform()) if header.qform_code > 0 else ("voxel sizes", header.resized_sform())
+    sform = header.sform if header.sform_code > 0 else other
+    if not (np.isfinite(other).all() and np.isfinite(sform).all()):
         raise VolumeError("E_NIFTI", where=shown(path), found="a placement that is not made of numbers")
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in header.image.size], [1], indexing="ij")).reshape(4, -1)
-    apart = float(np.abs((placements[0] - placements[-1]) @ corners).max())
+    apart = float(np.abs((other - sform) @ corners).max())
     if not apart <= FORM_TOLERANCE_MM:
-        found = f"qform and sform differ by {apart:.2f} mm"
+        found = f"{name} and sform differ by {apart:.2f} mm"
         raise VolumeError("E_NIFTI", where=shown(path), found=found, wanted=f"at most {FORM_TOLERANCE_MM} mm")
 
 
@@ -142,6 +143,12 @@ class _NiftiHeader:
         )
         quatern, sform = numbers[:6], np.array(numbers[6:]).reshape(3, 4)
         return cls(image, pixdim, int(offset), codes[0], codes[1], quatern, sform)
+
+    def resized_sform(self) -> np.ndarray:
+        """The sform with the voxel sizes in place of the lengths of its columns; not finite if one of these is 0."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            unit = self.sform[:, :3] / np.linalg.norm(self.sform[:, :3], axis=0)
+        return np.column_stack([unit * np.abs(self.pixdim[1:4]), self.sform[:, 3]])
 
     def qform(self) -> np.ndarray:
         """The (3, 4) matrix from voxel index to RAS mm that the quaternion stands for."""

@@ -135,6 +135,19 @@ def test_nifti_forms_must_agree_unless_one_is_unset(scan, tmp_path):
     assert refusal(path) == "E_NIFTI"
 
 
+@pytest.mark.parametrize(("factor", "code"), [(1.0001, ""), (1.02, "E_NIFTI"), (0.0, "E_NIFTI"), (np.nan, "E_NIFTI")])
+def test_an_sform_alone_must_agree_with_the_voxel_sizes(scan, tmp_path, factor, code):
+    """ITK takes the directions of the one and the lengths of the other, and says so to the terminal alone."""
+    path = tmp_path / "a.nii"
+    write_nifti(scan, path)
+    edit_header(path, "h", 252, 0)
+    edit_header(path, "f", 280, factor * struct.unpack_from("<f", path.read_bytes(), 280)[0])
+    if code:
+        assert refusal(path) == code
+    else:
+        np.testing.assert_array_equal(read_volume(path).hu, scan.hu)
+
+
 def test_written_nifti_has_blank_text_fields_and_equal_bytes_each_time(scan, tmp_path):
     image = as_image(scan)
     image.SetMetaData("ITK_FileNotes", "CANARY NAME")
