@@ -34,6 +34,9 @@ __all__ = [
 ]
 
 IDENTITY_DIRECTION = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+# ITK prints its warnings past Python, with the path of the file: a folder's name may be a patient's. What matters in
+# them is refused here by a check of our own.
+sitk.ProcessObject.SetGlobalWarningDisplay(False)
 _NUMERIC = {sitk.sitkInt16, sitk.sitkInt32, sitk.sitkInt64, sitk.sitkFloat32, sitk.sitkFloat64}
 
 

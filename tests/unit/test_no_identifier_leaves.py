@@ -9,19 +9,21 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import re
+import os
+import struct
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
+import SimpleITK as sitk
 
 from dicom_factory import write_series
 from fourdvq import console
-from fourdvq.data.volume import Volume
+from fourdvq.data.volume import Volume, write_nifti
 from fourdvq_client.cli import app
 from synthetic_lungs import chest
 
@@ -43,15 +45,25 @@ def identify(i: int, data: pydicom.Dataset) -> None:
     data.add_new((0x0029, 0x1001), "LO", "Canary private value")
 
 
+def write_odd_mask(mask: Volume, path: Path) -> None:
+    """A NIfTI of which ITK warns with its path: an sform alone, a little longer than the voxel sizes."""
+    write_nifti(mask, path)
+    raw = bytearray(path.read_bytes())
+    struct.pack_into("<h", raw, 252, 0)
+    struct.pack_into("<f", raw, 280, 1.0003 * struct.unpack_from("<f", raw, 280)[0])
+    path.write_bytes(raw)
+
+
 def hospital(folder: Path) -> Path:
     """Two patients of two scans, one of which has a damaged file; a wrong row; everything under a telling path."""
-    scans = folder / "CANARY-FOLDER"
+    scans = folder / "CANARY FOLDER of Catharina"
     number = 0
     for patient in IDS:
         for date in DATES[:2]:
             number += 1
-            scan, _ = chest((48, 48, 48), seed=1, noise=10 + number)
+            scan, mask = chest((48, 48, 48), seed=1, noise=10 + number)
             thin = Volume(scan.hu, (6.25, 5.0, 5.0), scan.origin)
+            write_odd_mask(replace(mask, spacing=thin.spacing), scans / patient / f"Catharina {date}_lung.nii")
             write_series(scans / patient / f"Catharina {date}", thin, edit=identify, patient_id=patient,
                          study_date=date, study=f"CANARY{number}")  # fmt: skip
     damaged = sorted((scans / IDS[1] / f"Catharina {DATES[1]}").iterdir())[4]
@@ -59,8 +71,7 @@ def hospital(folder: Path) -> Path:
     rows = [f"{IDS[0]},60,M,ever,900,censored", f"{IDS[1]},60,M,ever,900,censored", "CANARY-ROW,61,M,ever,-9,death"]
     (folder / "clinical.csv").write_text("\n".join(["patient_id,age,sex,smoking,time_days,event", *rows]) + "\n")
     profile = Path(__file__).parents[2] / "configs" / "preprocessing" / "tiny.yaml"
-    text = re.sub(r"method: \w+", "method: threshold", profile.read_text())
-    (folder / "profile.yaml").write_text(text)
+    (folder / "profile.yaml").write_text(profile.read_text())
     return scans
 
 
@@ -72,6 +83,23 @@ class Outcome:
     printed: dict[str, str]
     codes: dict[str, int]
     uids: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def printed_to(path: Path) -> Iterator[None]:
+    """All that this process and those it starts print, also past Python's own streams, as ITK does."""
+    with path.open("a") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+        terminal = [os.dup(1), os.dup(2)]
+        try:
+            os.dup2(stream.fileno(), 1)
+            os.dup2(stream.fileno(), 2)
+            yield
+        finally:
+            stream.flush()
+            os.dup2(terminal[0], 1)
+            os.dup2(terminal[1], 2)
+            os.close(terminal[0])
+            os.close(terminal[1])
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +124,16 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
         "qc list": ("qc", "list"),
         "qc list --json": ("qc", "list", "--json"),
         "qc approve": ("qc", "approve", "--all", "--by", "Dr Test"),
+        "qc reject": ("qc", "reject", f"{IDS[0]}/1", "--reason", "moved", "--by", "Dr Test"),
+        "preprocess --verify": ("preprocess", "--verify"),
+        "qc open": ("qc", "open"),
     }
     printed, codes = {}, {}
-    for name, words in commands.items():
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    for number, (name, words) in enumerate(commands.items()):
+        with printed_to(folder / f"printed {number}"):
             codes[name] = console.run(app, [*words, "--workdir", str(root)], "fourdvq-client")
-        printed[name] = err.getvalue() + out.getvalue()
-    heads = [pydicom.dcmread(next(iter(f.iterdir())), stop_before_pixels=True, force=True) for f in scans.glob("*/*")]
+        printed[name] = (folder / f"printed {number}").read_text()
+    heads = [pydicom.dcmread(next(iter(f.iterdir())), stop_before_pixels=True, force=True) for f in scans.glob("*/*/")]
     uids = {str(getattr(h, n)) for h in heads for n in ("StudyInstanceUID", "SeriesInstanceUID") if n in h}
     return Outcome(root, printed, codes, tuple(sorted(uids)))
 
@@ -125,12 +155,12 @@ def words_of(outcome: Outcome) -> tuple[str, ...]:
 def test_the_commands_did_their_work_with_the_canaries_in_hand(outcome):
     assert outcome.codes == {
         "init": 0, "scan": 3, "scan --json": 3, "preprocess": 3, "preprocess --json": 3, "qc list": 0,
-        "qc list --json": 0, "qc approve": 0,
+        "qc list --json": 0, "qc approve": 0, "qc reject": 0, "preprocess --verify": 0, "qc open": 0,
     }, outcome.printed  # fmt: skip
     found = json.loads(outcome.printed["scan --json"].splitlines()[-1])
     assert (found["scans"], found["by_code"]["E_CORRUPT"]) == (4, 1)
     made = json.loads(outcome.printed["preprocess --json"].splitlines()[-1])
-    assert made["by_status"] == {"refused": 1, "review": 3}
+    assert made["by_status"] == {"ok": 2, "refused": 1, "review": 1}
     assert len(list(outcome.root.glob("prep/*/*/hu.npy"))) == 3
     assert len(outcome.uids) >= 4
 
@@ -159,9 +189,21 @@ def test_what_is_written_for_the_owner_alone_holds_them_and_nobody_else_can_read
     private = {name: data for name, data in contents(outcome.root) if name.startswith(ALLOWED[:2])}
     assert IDS[0].encode() in private["private/patients.csv"]
     assert b"CANARY-ROW" in private["findings.csv"]
-    assert b"CANARY-FOLDER" in private["private/series.csv"]
+    assert b"CANARY FOLDER" in private["private/series.csv"]
     for name in private:
         assert (outcome.root / name).stat().st_mode & 0o077 == 0, name
+
+
+def test_what_itk_would_print_past_python_is_seen(outcome, tmp_path):
+    """The third control: with ITK's warnings on, the path of the odd mask is in what was printed."""
+    mask = next(outcome.root.parent.glob("CANARY*/*/*_lung.nii"))
+    sitk.ProcessObject.SetGlobalWarningDisplay(True)
+    try:
+        with printed_to(tmp_path / "printed"):
+            sitk.ReadImage(str(mask))
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    assert str(mask) in (tmp_path / "printed").read_text()
 
 
 def test_the_search_would_find_a_canary_in_every_kind_of_file(outcome, tmp_path):
