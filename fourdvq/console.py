@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fourdvq.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, ConfigError, FourdvqError, explain
+from fourdvq.os_errors import from_os, place_of, reason
 
 GLOBAL_HELP = "Everywhere: --json (one JSON object last on stdout), -q/--quiet, -v/--verbose, --workdir DIR, --no-color"
 
@@ -77,8 +78,8 @@ def split_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
             taken["color"] = False
         elif word == "--workdir" or word.startswith("--workdir="):
             value = word.partition("=")[2] or next(words, "")
-            if not value:
-                raise FourdvqError("E_USAGE", where="--workdir", found="nothing", wanted="a folder")
+            if not value or value.startswith("-"):
+                raise FourdvqError("E_USAGE", where="--workdir", found=value or "nothing", wanted="a folder")
             taken["workdir"] = Path(value)
         else:
             rest.append(word)
@@ -89,18 +90,32 @@ def run(app: Any, argv: Sequence[str], program: str) -> int:
     """Run a Typer application and return the exit code; never a traceback unless asked for with --verbose."""
     try:
         code = _outcome(app, argv, program)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing is wrong, and there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return EXIT_OK
+    except OSError as error:
+        # Whatever a verb raises has become an outcome: this is what came of printing it.
+        _drop_output()
+        ours = from_os(error, "standard output") or FourdvqError("E_STORAGE", where="standard output")
+        with contextlib.suppress(OSError):
+            print(format_error(ours), file=sys.stderr, flush=True)
+        return ours.exit_code
     return code
+
+
+def _drop_output() -> None:
+    """Send what is still to be printed nowhere, or the interpreter would complain of it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _outcome(app: Any, argv: Sequence[str], program: str) -> int:
     import click
     import typer
 
+    _session.options = Options(json="--json" in argv)  # for what is wrong with the options themselves
     try:
         _session.options, rest = split_options(argv)
     except FourdvqError as error:
@@ -112,11 +127,8 @@ def _outcome(app: Any, argv: Sequence[str], program: str) -> int:
     except FourdvqError as error:
         return _fail(error, error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
-        if options().json and error.ctx is not None:
-            asked = error.ctx.command_path
-            return _fail(FourdvqError("E_USAGE", where=asked, found="no verb", fix=f"{asked} --help"), EXIT_USAGE)
-        print(error.format_message())
-        return EXIT_USAGE
+        asked = error.ctx.command_path if error.ctx is not None else program
+        return _without_verb(error.format_message(), asked)
     except click.ClickException as error:
         found = error.format_message()
         return _fail(FourdvqError("E_USAGE", where=program, found=found, fix=f"{program} --help"), EXIT_USAGE)
@@ -124,12 +136,30 @@ def _outcome(app: Any, argv: Sequence[str], program: str) -> int:
         outcome = EXIT_INTERRUPTED
     except BrokenPipeError:
         raise
+    except OSError as error:
+        ours = _refused_by_system(error, program)
+        return _fail(ours, ours.exit_code)
     except Exception as error:
         return _fail(FourdvqError("E_INTERNAL", where=program, found=f"{type(error).__name__}: {error}"), EXIT_FAILED)
     # Typer turns Ctrl-C into a silent exit code of its own; a person still wants to know what to do next.
     if outcome == EXIT_INTERRUPTED:
         return _fail(FourdvqError("E_INTERRUPTED", where=program), EXIT_INTERRUPTED)
     return _finish(outcome)
+
+
+def _without_verb(usage: str, asked: str) -> int:
+    if options().json:
+        error = FourdvqError("E_USAGE", where=asked, found="no verb", wanted="a verb", fix=f"{asked} --help")
+        return _fail(error, EXIT_USAGE)
+    print(usage)
+    return EXIT_USAGE
+
+
+def _refused_by_system(error: OSError, program: str) -> FourdvqError:
+    """A full disk, a share that went away or a missing right is no bug; the path itself may name a patient."""
+    where = place_of(error, options().workdir)
+    found = f"{type(error).__name__}: {reason(error)}, at {where}"
+    return from_os(error, where) or FourdvqError("E_INTERNAL", where=program, found=found)
 
 
 def format_error(error: FourdvqError) -> str:

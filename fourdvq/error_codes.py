@@ -192,6 +192,8 @@ CODES: dict[str, Explanation] = {
     "E_FOLDER": _E("a folder is missing", "it was moved or never made", "the folder", "make the folder or correct the path", "DATA_INVALID"),
     "E_NOT_A_SITE": _E("this folder is not a site folder", "site.yaml is missing", "a folder made by `fourdvq-client init`", "run `fourdvq-client init`, or give --workdir"),
     "E_NOT_A_PROJECT": _E("this folder is not a coordinator folder", "server.yaml is missing", "a folder made by `fourdvq-server init`", "run `fourdvq-server init`, or give --workdir"),
+    "E_RIGHTS": _E("this account may not read or write here", "the file or its folder belongs to another account, or its mode forbids it", "a right to read, and in the site folder also to write", "give this account the right, or run the command as the account that owns the folder", "DATA_INVALID"),
+    "E_STORAGE": _E("a disk or share does not answer", "it was unmounted, became read-only or is failing", "a disk that can be read and written", "bring the disk or share back, then run the same command again"),
     "E_EXISTS": _E("something is already there", "an earlier run made it", "a free name", "choose another name, or remove the old one"),
     "E_BUSY": _E("another process uses this folder or key", "two clients with one key fight for the same messages", "one process per folder", "stop the other process; its id is named above"),
     "E_PORT": _E("the port is in use", "another program listens there", "a free port", "stop the other program, or choose another port with --port"),

@@ -21,8 +21,9 @@ END = "<!-- end of what is made -->"
 _HEAD = """\
 ## Every verb: options, exit codes, an example
 
-Any verb may end with 0 (done), 1 (a bug or a broken machine), 2 (usage or settings; also a folder of another kind) and
-130 (Ctrl-C). What else a verb may end with stands under it.
+Any verb may end with 0 (done), 1 (a bug, a broken machine or a missing right), 2 (usage or settings; also a folder of
+another kind), 75 (a full disk or a share that is gone: the same command goes on) and 130 (Ctrl-C). What else a verb may
+end with stands under it.
 """
 
 
@@ -73,7 +74,7 @@ CLIENT: dict[str, Note] = {
     ),
     "biomarkers": Note("biomarkers --top 20", _NO_MODEL),
     "show-config": Note("show-config"),
-    "explain": Note("explain E_GAP", "1 no such code; the nearest one is named"),
+    "explain": Note("explain E_GAP", "2 no such code; the nearest one is named"),
     "version": Note("version --json"),
     "qc list": Note("qc list --undecided", "3 nothing is prepared"),
     "qc approve": Note("qc approve --passed --by 'A. Person'", _UNDECIDABLE),
@@ -124,7 +125,7 @@ SERVER: dict[str, Note] = {
     "release": Note("release fast-1"),
     "ui": Note("ui --port 5001", "1 another program has the port, or MLflow ended"),
     "check": Note("check", "that of the first FAIL; warnings alone are 0"),
-    "explain": Note("explain E_QUORUM", "1 no such code; the nearest one is named"),
+    "explain": Note("explain E_QUORUM", "2 no such code; the nearest one is named"),
     "version": Note("version"),
 }
 NOTES = {"fourdvq-client": CLIENT, "fourdvq-server": SERVER}

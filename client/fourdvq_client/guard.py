@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 from flwr.app import RecordDict
 
 from fourdvq.errors import FourdvqError, Refused, wire_code
+from fourdvq.os_errors import NO_SPACE
 from fourdvq.plan import Plan
 from fourdvq.wire.body import body_sha256
 from fourdvq.wire.flower import pack, unpack, unpack_envelope, wire_bytes
@@ -253,14 +254,11 @@ def error_code(error: BaseException) -> str:
     """The wire code of any error; running out of GPU memory and of disk have types of their own."""
     if type(error).__name__ == "OutOfMemoryError":
         return "OUT_OF_MEMORY"
-    if isinstance(error, OSError) and error.errno == _ENOSPC:
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
         return "DISK_FULL"
     if isinstance(error, KeyboardInterrupt):
         return "CANCELLED"
     return wire_code(error)
-
-
-_ENOSPC = 28
 
 
 def _unpack_task(records: RecordDict, task_type: type[T]) -> T:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fourdvq.data.limits import ReaderLimits
 from fourdvq.errors import FourdvqError
+from fourdvq.os_errors import reading
 from fourdvq.preprocessing.pipeline import PatientResult, ScanInput, StepInHand, prepare_patient
 from fourdvq.preprocessing.profile import Profile
 
@@ -99,7 +100,8 @@ def worker_main(pipe: Connection, means: Means) -> None:
 
 def _answer(job: PatientJob, means: Means, pipe: Connection) -> PatientResult | Stop:
     try:
-        return prepare_job(job, means, pipe.send)
+        with reading(job.pseudonym):
+            return prepare_job(job, means, pipe.send)
     except FourdvqError as error:
         kind = type(error).__name__
         return Stop(kind, error.code, error.where, error.found, error.wanted, error.fix)

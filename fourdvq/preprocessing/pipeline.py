@@ -7,7 +7,6 @@ the records; the making is in `fourdvq.preprocessing.making` and is imported onl
 
 from __future__ import annotations
 
-import errno
 import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fourdvq.errors import ConfigError, DataError, ModelError, TemporaryStop
+from fourdvq.os_errors import NO_SPACE
 from fourdvq.preprocessing.inputs import ScanInput, scan_inputs, source_key, told, unreadable, without_paths
 from fourdvq.preprocessing.manifest import write_manifest
 from fourdvq.preprocessing.profile import Profile, profile_to_plain
@@ -60,7 +60,6 @@ __all__ = [
 
 FORCED_STEPS = ("segment", "register", "resample")
 _NO_MEMORY = re.compile(r"out of memory|allocate memory|bad.?alloc", re.IGNORECASE)
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import contextlib
 import csv
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -212,6 +213,35 @@ def test_a_data_folder_that_is_gone_or_empty_stops_before_anything_is_touched(tm
     assert (code, error["code"]) == (3, "E_FILE")
     assert explained(error)
     assert (files_in(root / "prep"), (root / "private" / "patients.csv").read_bytes()) == before
+
+
+# --- a machine in trouble --------------------------------------------------------------------------------------------
+
+
+def nothing_more_may_be_written() -> None:
+    """As under a quota that is used up: every byte written to a file is refused, a pipe takes what it gets."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+@pytest.mark.parametrize("words", [("scan",), ("preprocess",), ("qc", "approve", "--all"), ("qc", "open")])
+def test_a_full_disk_stops_any_verb_for_a_while_and_spoils_no_table(tmp_path, words):
+    root = prepared_site(tmp_path / "site")
+    (root / "prep" / "contact_sheet.html").unlink()  # else it is as it has to be and is not written
+    before = files_in(root / "prep")
+    done = subprocess.run(
+        [str(BIN / "fourdvq-client"), *words, "--json"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+        preexec_fn=nothing_more_may_be_written,
+    )
+    error = json.loads(done.stdout)
+    assert (done.returncode, error["code"]) == (75, "DISK_FULL")
+    assert explained(error)
+    assert "Traceback" not in done.stderr
+    assert files_in(root / "prep") == before
 
 
 # --- settings and ports ----------------------------------------------------------------------------------------------

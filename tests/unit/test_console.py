@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -109,3 +112,81 @@ def test_a_reader_that_goes_away_ends_a_long_answer_without_a_word():
     talker.stdout.close()
     _, said = talker.communicate(timeout=60)
     assert (talker.returncode, said) == (0, b"")
+
+
+PATIENT = "LEU-004217"
+
+
+@app.command()
+def meets(number: int, path: str = "") -> console.Result:
+    raise OSError(number, os.strerror(number), path or None)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "exit_code"),
+    [
+        *[(number, "DISK_FULL", 75) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)],
+        *[(n, "E_STORAGE", 75) for n in (errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT)],
+        *[(number, "E_RIGHTS", 1) for number in (errno.EACCES, errno.EPERM)],
+        (errno.EBADF, "E_INTERNAL", 1),
+    ],
+)
+def test_what_the_system_refuses_has_its_code_and_no_path_of_the_hospital(capsys, tmp_path, number, code, exit_code):
+    path = tmp_path / "scans" / PATIENT / "CT1.nii.gz"
+    found, out, _ = call(capsys, "meets", str(number), "--path", str(path), "--json", "--workdir", str(tmp_path))
+    error = json.loads(out)
+    assert (found, error["code"]) == (exit_code, code)
+    assert PATIENT not in out
+    assert os.strerror(number) in error["found"]
+    assert error["fix"]
+
+
+@pytest.mark.parametrize(
+    ("path", "where"),
+    [
+        ("prep/manifest.csv", "prep/manifest.csv"),
+        ("prep/.tmp-17-manifest.csv", "prep"),
+        (f"prep/export/{PATIENT}/CT1.nii.gz", "prep/export"),
+        (f"{PATIENT}/CT1.nii.gz", "a file outside the working folder"),
+        ("../elsewhere", "a file outside the working folder"),
+        ("", "the working folder"),
+    ],
+)
+def test_a_place_in_the_working_folder_is_told_by_our_name_for_it(capsys, tmp_path, path, where):
+    there = str((tmp_path / path).resolve()) if path else ""
+    _, out, _ = call(capsys, "meets", str(errno.EACCES), "--path", there, "--json", "--workdir", str(tmp_path))
+    assert json.loads(out)["where"] == where
+
+
+@pytest.mark.parametrize("words", [("--json",), ("--json", "--workdir"), ("--workdir", "--json")])
+def test_with_json_a_call_without_a_verb_or_a_folder_is_one_object_too(capsys, words):
+    code, out, _ = call(capsys, *words)
+    assert (code, json.loads(out)["code"]) == (2, "E_USAGE")
+
+
+SMALL_PROGRAM = (
+    "import sys, typer; from fourdvq import console; app = typer.Typer()\n"
+    "@app.command()\n"
+    "def short() -> console.Result:\n"
+    "    return console.Result({}, ('line',))\n"
+    "sys.exit(console.run(app, sys.argv[1:], 'prog'))\n"
+)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("words", [(), ("--json",), ("--unknown",), ("--unknown", "--json")])
+@pytest.mark.parametrize("both", [False, True])
+def test_an_answer_that_cannot_be_written_ends_with_a_code_and_without_a_traceback(words, both):
+    with Path("/dev/full").open("w") as full:
+        said = full if both else subprocess.PIPE
+        done = subprocess.run([sys.executable, "-c", SMALL_PROGRAM, *words], stdout=full, stderr=said, timeout=60)
+    # What goes wrong with the options is told on standard error, which is not full here.
+    written_elsewhere = words == ("--unknown",) and not both
+    assert done.returncode == (2 if written_elsewhere else 75)
+    assert both or b"Traceback" not in done.stderr
+    assert both or written_elsewhere or b"DISK_FULL" in done.stderr
+
+
+def test_a_closed_standard_output_is_no_error():
+    done = subprocess.run(["sh", "-c", '"$0" -c "$1" >&-', sys.executable, SMALL_PROGRAM], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
