@@ -20,9 +20,15 @@ from fourdvq.data.cohort_rows import CandidateRow, Event, Finding, PatientRow, S
 from fourdvq.data.dicom_studies import DicomOptions, DicomReader
 from fourdvq.data.doubles import without_doubles
 from fourdvq.data.prepared import CLINICAL_COLUMNS, write_table
-from fourdvq.data.scan_list import place_in_time, scans_from_dicom, scans_from_table
+from fourdvq.data.scan_list import (
+    SCANS_OPTIONAL,
+    SCANS_REQUIRED,
+    place_in_time,
+    scans_from_dicom,
+    scans_from_table,
+)
 from fourdvq.data.tables import nearest, read_source_table
-from fourdvq.errors import CohortError
+from fourdvq.errors import CohortError, ConfigError
 
 __all__ = [
     "Cohort",
@@ -73,11 +79,12 @@ def load_cohort(
 
     `columns` maps our column names to the hospital's, `values` the hospital's words to ours, per column. `today` makes
     later dates a finding; `dicom` says how series are chosen. Raises CohortError E_FILE, E_TABLE, E_COLUMN, E_FOLDER
-    and E_EMPTY, and ConfigError for a choice of series that names nothing.
+    and E_EMPTY, and ConfigError for a choice of series that names nothing and for a column that is none of ours.
     """
     if not scans_folder.is_dir():
         raise CohortError("E_FOLDER", where=str(scans_folder), found="a file" if scans_folder.exists() else "nothing")
     findings: list[Finding] = []
+    _check_mapping(columns or {})
     table = read_source_table(clinical, required=CLINICAL_REQUIRED, optional=CLINICAL_OPTIONAL, columns=columns or {})
     if not table.columns & {"time_days", "last_contact_date"}:
         raise CohortError("E_COLUMN", where=clinical.name, found="neither time_days nor last_contact_date")
@@ -124,6 +131,14 @@ def write_clinical(prep: Path, patients: Sequence[PatientRow], names: Mapping[st
         for p in patients
     ]
     write_table(prep / "clinical.csv", CLINICAL_COLUMNS, sorted(rows, key=lambda row: str(row["pseudonym"])))
+
+
+def _check_mapping(columns: Mapping[str, str]) -> None:
+    """A slip in the name of an optional column would pass for its absence: times would count from another day."""
+    ours = (*CLINICAL_REQUIRED, *CLINICAL_OPTIONAL, *SCANS_REQUIRED, *SCANS_OPTIONAL)
+    for name in (name for name in columns if name not in ours):
+        wanted = ", ".join(dict.fromkeys(ours))
+        raise ConfigError("E_KEY", where="site.yaml: columns", found=repr(name), wanted=wanted, fix=nearest(name, ours))
 
 
 def _check_ids(

@@ -31,6 +31,8 @@ def read_source_table(
 ) -> SourceTable:
     """Read a table whose columns `columns` translates (ours to theirs; absent means the same name).
 
+    An optional column that is translated must be there. What is neither required nor optional is another table's.
+
     Raises CohortError E_FILE, E_TABLE (not text, no rows, or a row with too many fields) and E_COLUMN.
     """
     if not path.is_file():
@@ -47,8 +49,8 @@ def read_source_table(
         raise CohortError("E_TABLE", where=str(path), found="no rows")
     names = lines[0][1]
     theirs = {ours: columns.get(ours, ours) for ours in (*required, *optional)}
-    for ours in required:
-        if theirs[ours] not in names:
+    for ours in theirs:
+        if theirs[ours] not in names and (ours in required or ours in columns):
             raise _missing_column(path, ours, theirs[ours], names)
     for number, fields in lines[1:]:
         if len(fields) > len(names):

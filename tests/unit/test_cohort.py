@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fourdvq.data.cohort import Cohort, load_cohort, pseudonym
-from fourdvq.errors import CohortError
+from fourdvq.errors import CohortError, ConfigError
 
 CLINICAL = """patient_id,age,sex,smoking,time_days,event
 007,64.5,M,ever,800,death
@@ -217,3 +217,38 @@ def test_a_pseudonym_is_the_start_of_a_keyed_hash():
     expected = hmac.new(b"secret", b"LEU-2", hashlib.sha256).hexdigest()[:12]
     assert pseudonym(b"secret", "LEU-2") == expected
     assert pseudonym(b"other", "LEU-2") != expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "nearest"),
+    [({"time_orgin": "diagnosis"}, "time_origin"), ({"masks": "masker"}, "mask"), ({"diagnosis": "time_origin"}, "")],
+)
+def test_a_mapping_of_a_column_that_is_none_of_ours_is_refused_with_the_nearest(site, columns, nearest):
+    with pytest.raises(ConfigError, match="E_KEY") as refused:
+        site(columns=columns)
+    assert repr(next(iter(columns))) in refused.value.found
+    assert nearest in refused.value.fix
+
+
+@pytest.mark.parametrize(
+    ("columns", "place"),
+    [
+        ({"time_origin": "diag_dat"}, "clinical.csv, column 'diag_dat' (for time_origin)"),
+        ({"last_contact_date": "seen"}, "clinical.csv, column 'seen' (for last_contact_date)"),
+        ({"mask": "masker"}, "scans.csv, column 'masker' (for mask)"),
+        ({"date": "scan_dat"}, "scans.csv, column 'scan_dat' (for date)"),
+    ],
+)
+def test_a_mapped_column_that_the_table_lacks_is_refused_also_where_it_is_optional(site, columns, place):
+    clinical = CLINICAL.replace("event\n", "event,diag_date\n")
+    with pytest.raises(CohortError, match="E_COLUMN") as refused:
+        site(clinical, DATED_SCANS.replace("date\n", "scan_date\n"), columns={"date": "scan_date", **columns})
+    assert refused.value.where == place
+
+
+def test_one_mapping_serves_both_tables_each_with_its_own_optional_columns(site):
+    clinical = CLINICAL.replace("time_days", "fu_days")
+    columns = {"time_days": "fu_days", "date": "scan_date"}
+    cohort = site(clinical, DATED_SCANS.replace("date\n", "scan_date\n"), columns=columns)
+    assert cohort.findings == ()
+    assert [p.time_days for p in cohort.patients] == [800, 900, 1000]
