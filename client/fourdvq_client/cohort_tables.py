@@ -22,7 +22,7 @@ from fourdvq.data.splits import SplitPatient, assign_splits
 from fourdvq.preprocessing.manifest import write_manifest
 from fourdvq_client.contact_sheet import write_sheet
 from fourdvq_client.shards import Shard, tables_locked
-from fourdvq_client.site_secret import real_ids, site_secret
+from fourdvq_client.site_secret import NAME_COLUMNS, real_ids, site_secret
 from fourdvq_client.workspace import Workspace, write_private
 
 _LEFT_OUT = ".left-out"  # below the depth at which prepared scans are looked for
@@ -61,7 +61,7 @@ def finish_tables(
 def write_names(workspace: Workspace, names: Mapping[str, str]) -> None:
     """The table of all patients ever seen: a name once given is never forgotten. Needs the tables' lock."""
     known = {real: pseudonym for pseudonym, real in real_ids(workspace).items()} | dict(names)
-    data = csv_bytes(("patient_id", "pseudonym"), sorted(known.items()))
+    data = csv_bytes(NAME_COLUMNS, sorted(known.items()))
     if not workspace.patients.is_file() or workspace.patients.read_bytes() != data:
         write_private(workspace.patients, data)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import hmac
 import json
@@ -20,6 +19,7 @@ from fourdvq_client.code_identity import Installed, check_code, installed_code
 from fourdvq_client.cox_desk import CoxDesk
 from fourdvq_client.guard import Guard
 from fourdvq_client.policy import LoadedPolicy, load_policy
+from fourdvq_client.site_secret import real_ids
 from fourdvq_client.survival_table import SurvivalTables
 from fourdvq_client.worker import Worker, make_worker
 from fourdvq_client.workspace import SiteConfig, Workspace, open_workspace
@@ -78,11 +78,7 @@ class Facts:
         return installed_code()
 
     def identifiers(self) -> Iterable[str]:
-        table = self._workspace.patients
-        if not table.is_file():
-            return []
-        with table.open(encoding="utf-8", newline="") as stream:
-            return [value for row in csv.DictReader(stream) for value in row.values() if value]
+        return [name for names in real_ids(self._workspace).items() for name in names]
 
 
 def open_site(root: Path, *, worker: str | None = None) -> Site:

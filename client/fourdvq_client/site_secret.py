@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import secrets
 
+from fourdvq.data.prepared import read_table
 from fourdvq.errors import CohortError
 from fourdvq_client.workspace import Workspace, write_private
 
 SECRET_BYTES = 32
+NAME_COLUMNS = ("patient_id", "pseudonym")
 
 
 def site_secret(workspace: Workspace) -> bytes:
@@ -23,8 +24,7 @@ def site_secret(workspace: Workspace) -> bytes:
 
 
 def real_ids(workspace: Workspace) -> dict[str, str]:
-    """Pseudonym to real id, from private/; empty before the first preparation."""
+    """Pseudonym to real id, from private/; empty before the first preparation. Raises as `read_table`."""
     if not workspace.patients.is_file():
         return {}
-    with workspace.patients.open(encoding="utf-8", newline="") as stream:
-        return {row["pseudonym"]: row["patient_id"] for row in csv.DictReader(stream)}
+    return {row["pseudonym"]: row["patient_id"] for row in read_table(workspace.patients, NAME_COLUMNS)}

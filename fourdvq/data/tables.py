@@ -11,8 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fourdvq.errors import CohortError
+from fourdvq.os_errors import reading
 
 _SEPARATORS = ",;\t"
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A CSV as it stands: `rows` with their numbers as a spreadsheet shows them, blank ones left out."""
+
+    separator: str
+    names: list[str]
+    rows: list[tuple[int, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -26,39 +36,48 @@ class SourceTable:
     separator: str
 
 
+def read_lines(path: Path, *, fix: str = "") -> Lines:
+    """Header and rows of a CSV, whoever wrote it; `fix` is the remedy if it is no text.
+
+    Raises CohortError E_FILE and E_TABLE (not UTF-8, no CSV, or a row with too many fields), and what `from_os` says of
+    a file that cannot be read.
+    """
+    text = _text_of(path, fix)
+    header = next((line for line in text.splitlines() if line.strip()), "")
+    separator = max(_SEPARATORS, key=header.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    try:
+        lines = [(reader.line_num, [f.strip() for f in line]) for line in reader if any(f.strip() for f in line)]
+    except csv.Error as error:
+        raise CohortError("E_TABLE", where=f"{path.name} row {reader.line_num}", found=str(error), fix=fix) from None
+    names = lines[0][1] if lines else []
+    for number, fields in lines[1:]:
+        if len(fields) > len(names):
+            found = f"{len(fields)} fields, the header has {len(names)}"
+            raise CohortError("E_TABLE", where=f"{path.name} row {number}", found=found, fix=fix)
+    return Lines(separator, names, lines[1:])
+
+
 def read_source_table(
     path: Path, *, required: Sequence[str], optional: Sequence[str], columns: Mapping[str, str]
 ) -> SourceTable:
     """Read a table whose columns `columns` translates (ours to theirs; absent means the same name).
 
     An optional column that is translated must be there. What is neither required nor optional is another table's.
-
-    Raises CohortError E_FILE, E_TABLE (not text, no rows, or a row with too many fields) and E_COLUMN.
+    Raises CohortError E_FILE, E_TABLE (not text, no rows, or a row with too many fields) and E_COLUMN, and what
+    `from_os` says of a file that cannot be read.
     """
-    if not path.is_file():
-        raise CohortError("E_FILE", where=str(path), found="nothing")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise CohortError("E_TABLE", where=str(path), found="not UTF-8", fix="save the table as CSV UTF-8") from None
-    header = next((line for line in text.splitlines() if line.strip()), "")
-    separator = max(_SEPARATORS, key=header.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-    lines = [(reader.line_num, [field.strip() for field in line]) for line in reader if any(f.strip() for f in line)]
-    if len(lines) < 2:
+    lines = read_lines(path)
+    names = lines.names
+    if not lines.rows:
         raise CohortError("E_TABLE", where=str(path), found="no rows")
-    names = lines[0][1]
     theirs = {ours: columns.get(ours, ours) for ours in (*required, *optional)}
     for ours in theirs:
         if theirs[ours] not in names and (ours in required or ours in columns):
             raise _missing_column(path, ours, theirs[ours], names)
-    for number, fields in lines[1:]:
-        if len(fields) > len(names):
-            found = f"{len(fields)} fields, the header has {len(names)}"
-            raise CohortError("E_TABLE", where=f"{path.name} row {number}", found=found)
     at = {ours: names.index(name) for ours, name in theirs.items() if name in names}
-    rows = tuple({ours: _field(fields, i) for ours, i in at.items()} for _, fields in lines[1:])
-    return SourceTable(path.name, rows, tuple(n for n, _ in lines[1:]), frozenset(at), separator)
+    rows = tuple({ours: _field(fields, i) for ours, i in at.items()} for _, fields in lines.rows)
+    return SourceTable(path.name, rows, tuple(n for n, _ in lines.rows), frozenset(at), lines.separator)
 
 
 def parse_number(text: str, *, comma_is_decimal: bool) -> float | None:
@@ -90,6 +109,19 @@ def nearest(word: str, words: Sequence[str]) -> str:
     """ "did you mean ...?", or an empty text if nothing is close."""
     close = difflib.get_close_matches(word, words, n=1)
     return f"did you mean {close[0]!r}?" if close else ""
+
+
+def _text_of(path: Path, fix: str) -> str:
+    with reading(str(path)):
+        if not path.is_file():
+            raise CohortError("E_FILE", where=str(path), found="nothing", fix=fix)
+        data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = data[: error.start].count(b"\n") + 1
+        fix = fix or "save the table as CSV UTF-8"
+        raise CohortError("E_TABLE", where=f"{path.name} row {row}", found="not UTF-8", fix=fix) from None
 
 
 def _field(fields: Sequence[str], i: int) -> str:

@@ -64,10 +64,7 @@ class SourceHashes:
     def __init__(self, path: Path | None = None) -> None:
         self.new = 0  # files hashed since the last save
         self._path = path
-        self._known: dict[str, str] = {}
-        if path is not None and path.is_file():
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            self._known = {str(k): str(v) for k, v in stored.items()}
+        self._known = _remembered(path) if path is not None else {}
 
     def of(self, *paths: Path | tuple[Path, ...] | None) -> str:
         """One hash for the contents of all paths (None is skipped); a tuple of files is remembered as one."""
@@ -88,8 +85,7 @@ class SourceHashes:
         """
         if self._path is None or not self.new:
             return
-        stored = json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else {}
-        write_atomic(self._path, json.dumps(stored | self._known, sort_keys=True).encode())
+        write_atomic(self._path, json.dumps(_remembered(self._path) | self._known, sort_keys=True).encode())
         self.new = 0
 
     @staticmethod
@@ -176,6 +172,15 @@ def without_paths(text: str) -> str:
 def source_key(scan: ScanInput) -> str:
     """The content hash of a scan and its mask: of the files that are read, not of others in their folder."""
     return scan.source_sha256 or SourceHashes().of(*_sources(scan))
+
+
+def _remembered(path: Path) -> dict[str, str]:
+    """What a file of hashes holds. One that is absent or damaged costs hashing the cohort again, and nothing else."""
+    try:
+        stored = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return {str(k): str(v) for k, v in stored.items()} if isinstance(stored, dict) else {}
 
 
 def _names_of(scan: ScanInput) -> list[str]:
