@@ -66,7 +66,10 @@ class ScanRow:
 
 @dataclass(frozen=True)
 class DatedScan:
-    """A scan before its date has become a number of days; `score` orders two of one day, larger is better."""
+    """A scan before its date has become a number of days; `score` orders two of one day, larger is better.
+
+    One that is not `usable` says when the patient was scanned, and no more: a finding says why it is left out.
+    """
 
     row: ScanRow
     where: str
@@ -74,6 +77,7 @@ class DatedScan:
     days: int | None
     score: tuple[int, ...] = ()
     series: SeriesCandidate | None = None
+    usable: bool = True
 
 
 @dataclass(frozen=True)

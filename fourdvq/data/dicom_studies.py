@@ -104,14 +104,23 @@ class DicomReader:
         return found
 
     def chosen(self, findings: list[Finding]) -> list[DatedScan]:
-        """A scan for each study that can be used. Raises ConfigError for an override that names nothing."""
+        """A scan for each study; those with a fault are findings, and not usable.
+
+        Raises ConfigError for an override that names nothing.
+        """
         check_overrides(self._options.overrides, [s.candidates for s in self._studies], OVERRIDES)
         findings += [finding("E_CORRUPT", str(path), "a damaged DICOM file") for path in self._loose_damage]
         findings += _identity_findings(self._studies)
         result = []
         for patient in sorted({s.row.patient_id for s in self._studies}):
             mine = [s for s in self._studies if s.row.patient_id == patient]
-            usable = [s for s in mine if not _fault(s, findings)]
+            faults = [_fault(s) for s in mine]
+            for study, fault in zip(mine, faults, strict=True):
+                if fault is not None:
+                    findings.append(_noted(study, fault))
+                    date = None if fault.code == "E_DATE" else study.date
+                    result.append(DatedScan(study.row, study.where, date, study.days, usable=False))
+            usable = [s for s, fault in zip(mine, faults, strict=True) if fault is None]
             choices = choose_series(
                 [s.candidates for s in usable],
                 rules=self._options.rules,
@@ -145,23 +154,29 @@ def _patient_of(candidate: SeriesCandidate) -> str:
     return Counter(s.patient_id for s in candidate.slices).most_common(1)[0][0]
 
 
-def _fault(study: _Study, findings: list[Finding]) -> bool:
-    """Note what keeps a whole study out."""
-    patient, scan = study.row.patient_id, study.row.scan_id
+@dataclass(frozen=True)
+class _Fault:
+    """What keeps a whole study out."""
 
-    def note(code: str, where: str, found: str) -> bool:
-        findings.append(finding(code, where, found, patient=patient, scan=scan))
-        return True
+    code: str
+    where: str
+    found: str
 
-    if not patient:
-        findings.append(finding("E_ID", study.where, "no PatientID"))
-        return True
+
+def _fault(study: _Study) -> _Fault | None:
+    if not study.row.patient_id:
+        return _Fault("E_ID", study.where, "no PatientID")
     if study.error is not None:
-        return note(study.error.code, f"{study.where}: {study.error.where}", study.error.found)
+        return _Fault(study.error.code, f"{study.where}: {study.error.where}", study.error.found)
     born = {parse_date(c.first.birth_date) for c in study.candidates} - {None}
     if study.date is not None and any(b is not None and b > study.date for b in born):
-        return note("E_DATE", study.where, "a study before the patient's birth")
-    return False
+        return _Fault("E_DATE", study.where, "a study before the patient's birth")
+    return None
+
+
+def _noted(study: _Study, fault: _Fault) -> Finding:
+    scan = study.row.scan_id if study.row.patient_id else ""
+    return finding(fault.code, fault.where, fault.found, patient=study.row.patient_id, scan=scan)
 
 
 def _scan_of(study: _Study, choice: Choice, findings: list[Finding]) -> DatedScan:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fourdvq.data.cohort_rows import DatedScan, Finding, finding
@@ -18,16 +19,17 @@ from fourdvq.data.pixels import stored_bytes
 
 
 def without_doubles(scans: Sequence[DatedScan], findings: list[Finding]) -> list[DatedScan]:
-    """The scans without copies, each copy a finding W_DOUBLE_PIXELS of its patient; the first in order is kept."""
+    """The scans, of which copies are no longer usable; each is a finding W_DOUBLE_PIXELS, and the first is kept."""
     doubled: dict[int, DatedScan] = {}
-    for alike in _groups(list(range(len(scans))), lambda i: _glance(scans[i])):
+    usable = [i for i, scan in enumerate(scans) if scan.usable]
+    for alike in _groups(usable, lambda i: _glance(scans[i])):
         for same in _groups(alike, lambda i: _content(scans[i])):
             doubled |= {i: scans[same[0]] for i in same[1:]}
     for i, first in doubled.items():
         row = scans[i].row
         found = f"the pixels of scan {first.row.scan_id!r} of patient {first.row.patient_id!r}"
         findings.append(finding("W_DOUBLE_PIXELS", scans[i].where, found, patient=row.patient_id, scan=row.scan_id))
-    return [scan for i, scan in enumerate(scans) if i not in doubled]
+    return [replace(scan, usable=False) if i in doubled else scan for i, scan in enumerate(scans)]
 
 
 def _groups(items: Sequence[int], key: Callable[[int], object]) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Which scans a hospital has: rows of scans.csv, or the studies that DICOM headers name; dates become days.
 
-Days count from the patient's first CT. A date is read, used once, and not kept.
+Days count from the patient's first CT, also where that scan itself cannot be used: follow-up and age count from it. A
+date is read, used once, and not kept.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SCANS_OPTIONAL = ("date", "days_from_baseline", "mask")
 def scans_from_table(
     path: Path, folder: Path, columns: Mapping[str, str], dicom: DicomReader, findings: list[Finding]
 ) -> list[DatedScan]:
-    """One scan for each row whose file or DICOM folder can be used; the others become findings."""
+    """One scan for each row; one whose file or DICOM folder cannot be used is a finding, and gives its date alone."""
     table = read_source_table(path, required=SCANS_REQUIRED, optional=SCANS_OPTIONAL, columns=columns)
     if not table.columns & {"date", "days_from_baseline"}:
         raise CohortError("E_COLUMN", where=path.name, found="neither date nor days_from_baseline")
@@ -38,12 +39,13 @@ def scans_from_table(
         if seen[patient, scan] > 1:
             findings.append(finding("E_DUPLICATE", where, f"scan {scan!r} a second time", patient=patient))
             continue
+        date, days = parse_date(row.get("date", "")), parse_whole(row.get("days_from_baseline", ""))
         source = _resolve(row["path"], folder, path.parent)
         if source is None:
             findings.append(finding("E_FILE", f"{where}, column path", row["path"], patient=patient, scan=scan))
+            result.append(DatedScan(ScanRow(patient, scan, folder, 0), where, date, days, usable=False))
             continue
         mask = mask_of(source, row.get("mask", ""), folder, path.parent)
-        date, days = parse_date(row.get("date", "")), parse_whole(row.get("days_from_baseline", ""))
         if source.is_dir():
             dicom.add_folder(ScanRow(patient, scan, source, 0, mask, "dicom"), where, date, days)
         else:
@@ -52,7 +54,7 @@ def scans_from_table(
 
 
 def scans_from_dicom(folder: Path, dicom: DicomReader, findings: list[Finding]) -> list[DatedScan]:
-    """One scan for each study below `folder`. Raises CohortError E_FILE or E_EMPTY if there is none."""
+    """One scan for each study below `folder`, usable or not. Raises CohortError E_FILE or E_EMPTY if there is none."""
     found = dicom.add_studies(folder)
     if not found.candidates:
         if any(is_image_file(p) for p in walk_files(folder).files):
@@ -65,35 +67,53 @@ def scans_from_dicom(folder: Path, dicom: DicomReader, findings: list[Finding]) 
 def place_in_time(
     dated: Sequence[DatedScan], findings: list[Finding], today: datetime.date | None
 ) -> tuple[tuple[ScanRow, ...], dict[str, datetime.date]]:
-    """Days since each patient's first CT, scans without a usable date left out; and the first dates, kept in memory."""
-    usable: list[DatedScan] = []
-    for scan in dated:
-        patient = scan.row.patient_id
-        if scan.date is None and scan.days is None:
-            findings.append(finding("E_DATE", scan.where, "no readable date", patient=patient, scan=scan.row.scan_id))
-        elif scan.date and today and scan.date > today:
-            findings.append(
-                finding("E_DATE", scan.where, "a date in the future", patient=patient, scan=scan.row.scan_id)
-            )
-        elif scan.date is None and scan.days is not None and scan.days < 0:
-            findings.append(finding("E_TIME", scan.where, f"day {scan.days}", patient=patient))
-        else:
-            usable.append(scan)
+    """Days since each patient's first CT, scans that cannot be used left out; and the first dates, kept in memory."""
+    known = [_with_known_time(scan, findings, today) for scan in dated]
     first_dates: dict[str, datetime.date] = {}
-    for scan in usable:
+    for scan in known:
         if scan.date:
             patient = scan.row.patient_id
             first_dates[patient] = min(scan.date, first_dates.get(patient, scan.date))
+    _check_first_scans(known, findings)
     rows = [
         (replace(s.row, days=(s.date - first_dates[s.row.patient_id]).days if s.date else s.days or 0), s.score)
-        for s in usable
+        for s in known
+        if s.usable
     ]
-    earliest: dict[str, int] = {}
-    for row, _ in rows:
-        earliest[row.patient_id] = min(row.days, earliest.get(row.patient_id, row.days))
-    for patient in (p for p in sorted(earliest) if earliest[p] > 0):
-        findings.append(finding("E_TIME", f"scans of patient {patient!r}", "no scan on day 0", patient=patient))
     return tuple(_one_per_day(rows, findings)), first_dates
+
+
+def _with_known_time(scan: DatedScan, findings: list[Finding], today: datetime.date | None) -> DatedScan:
+    """The scan; without its date if that is in the future, and not usable if no time is left."""
+    patient = scan.row.patient_id
+    if scan.date and today and scan.date > today:
+        findings.append(finding("E_DATE", scan.where, "a date in the future", patient=patient, scan=scan.row.scan_id))
+        return replace(scan, date=None, days=None, usable=False)
+    if scan.usable and scan.date is None and scan.days is None:
+        findings.append(finding("E_DATE", scan.where, "no readable date", patient=patient, scan=scan.row.scan_id))
+        return replace(scan, usable=False)
+    if scan.date is None and scan.days is not None and scan.days < 0:
+        findings.append(finding("E_TIME", scan.where, f"day {scan.days}", patient=patient))
+        return replace(scan, usable=False)
+    return scan
+
+
+def _check_first_scans(known: Sequence[DatedScan], findings: list[Finding]) -> None:
+    """A patient whose first CT may be another one than the first with a date: times and ages would count from the wrong
+    day.
+    """
+    by_patient: dict[str, list[DatedScan]] = {}
+    for scan in known:
+        by_patient.setdefault(scan.row.patient_id, []).append(scan)
+    for patient, scans in sorted(by_patient.items()):
+        stated = {s.days for s in scans if s.date is None}
+        fault = ""
+        if 0 not in stated and any(s.date is None and s.days is None for s in scans):
+            fault = "a scan without a date, so that the day of the first CT is not known"
+        elif 0 not in stated and not any(s.date for s in scans):
+            fault = "no scan on day 0"
+        if fault and any(s.usable for s in scans):
+            findings.append(finding("E_TIME", f"scans of patient {patient!r}", fault, patient=patient))
 
 
 def _one_per_day(dated: Sequence[tuple[ScanRow, tuple[int, ...]]], findings: list[Finding]) -> list[ScanRow]:

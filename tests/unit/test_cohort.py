@@ -180,6 +180,26 @@ def test_dates_become_days_since_the_first_scan(site):
     assert "E_DATE" in codes(future, "007")
 
 
+@pytest.mark.parametrize("how", ["date", "days_from_baseline"])
+def test_times_count_from_the_first_ct_also_where_its_file_is_missing(site, how):
+    dated = dict(zip((0, 365, 730), ("2015-03-01", "2016-02-29", "2017-02-28"), strict=True))
+    days = {0: ("LEU-2", "a", "gone"), 365: ("LEU-2", "b", "LEU-2_a"), 730: ("LEU-2", "c", "LEU-2_b")}
+    rows = [f"{p},{s},{file}.nii.gz,{dated[n] if how == 'date' else n}" for n, (p, s, file) in days.items()]
+    cohort = site(scans="\n".join([f"patient_id,scan_id,path,{how}", *rows]))
+    assert [s.days for s in cohort.scans_of("LEU-2")] == [365, 730]
+    assert codes(cohort, "LEU-2") == {"E_FILE"}
+    assert "LEU-2" in usable(cohort)
+    assert next(p.time_days for p in cohort.patients if p.patient_id == "LEU-2") == 900
+
+
+@pytest.mark.parametrize("lost", ["", "2015-13-01", "2031-03-01"])
+def test_a_scan_without_a_date_may_be_the_first_so_that_its_patients_times_cannot_be_used(site, lost):
+    scans = DATED_SCANS.replace("LEU-2_a.nii.gz,20150301", f"LEU-2_a.nii.gz,{lost}")
+    cohort = site(scans=scans, today=datetime.date(2020, 1, 1))
+    assert codes(cohort, "LEU-2") == {"E_DATE", "E_TIME", "W_ONE_SCAN"}
+    assert usable(cohort) == ["007", "LEU-3"]
+
+
 def test_time_may_count_from_another_day_than_the_first_scan(site):
     scans = (
         SCANS.replace("days_from_baseline", "date").replace(",0\n", ",2015-03-01\n").replace(",365\n", ",2016-02-29\n")

@@ -317,3 +317,16 @@ def test_a_folder_of_dicom_is_a_cohort_with_days_from_its_dates(volume, tmp_path
     assert {("E_DATE", "LEU-9"), ("E_IDENTITY", "LEU-10")} <= found
     scan = cohort.scans_of(CANARY_ID)[1]
     assert best_series(scan.path, study_key=scan.study_key).first.path.parent.name == "2"
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value")
+@pytest.mark.parametrize("date", ["", "19491231"])
+def test_a_study_without_a_date_that_can_be_may_be_the_first_so_that_its_patient_is_left_out(volume, tmp_path, date):
+    for number, day in enumerate((date, "20160301", "20170301")):
+        noisy = Volume(volume.hu + number, volume.spacing, volume.origin)
+        write_series(tmp_path / "ct" / str(number), noisy, study=str(number), study_date=day)
+    clinical = tmp_path / "clinical.csv"
+    clinical.write_text(f"patient_id,age,sex,smoking,time_days,event\n{CANARY_ID},60,M,ever,900,censored\n")
+    cohort = load_cohort(clinical, None, tmp_path / "ct")
+    assert {(f.code, f.scan_id) for f in cohort.findings} == {("E_DATE", "study-1"), ("E_TIME", "")}
+    assert cohort.usable == ()
