@@ -50,7 +50,8 @@ class PatientRow:
 class ScanRow:
     """One scan: a file, or a DICOM folder with the keys of the study and series chosen in it, and their files.
 
-    `days` count from the patient's first CT.
+    `days` count from the patient's first CT. `split`: other parts of its series were left out, so that what it lacks
+    may be among them.
     """
 
     patient_id: str
@@ -62,6 +63,7 @@ class ScanRow:
     study_key: str = ""
     series_key: str = ""
     files: tuple[Path, ...] = ()
+    split: bool = False
 
 
 @dataclass(frozen=True)

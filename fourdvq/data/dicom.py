@@ -13,20 +13,18 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fourdvq.data.dicom_file import CT_CLASSES, SECONDARY_CAPTURE, SliceHeader, read_headers
 from fourdvq.data.known_headers import KnownHeaders
 from fourdvq.data.limits import ARCHIVE_SUFFIXES
+from fourdvq.data.parts import FRAGMENT_SLICES, direction_of, part_key, parts_of
 from fourdvq.data.walk import walk_files
 from fourdvq.errors import VolumeError
 
 __all__ = ["FolderScan", "SeriesCandidate", "SliceHeader", "find_series", "group_slices", "scan_files", "scan_folder"]
 
-ORIENTATION_TOLERANCE = 1e-4
-FRAGMENT_SLICES = 2  # so few slices that they may be the damaged ones of another series
 _LATTICE_TOLERANCE = 0.02  # of the spacing
 _SIDEWAYS_MM = 0.5
 _Read = Callable[[], tuple[SliceHeader, ...]]
@@ -49,6 +47,10 @@ class SeriesCandidate:
         """Any slice stands for what is equal in all of them."""
         return self.slices[0]
 
+    def split_off(self) -> SeriesCandidate:
+        """The same as a part of a series that has others, which matters to what it lacks."""
+        return replace(self, warnings=tuple(dict.fromkeys((*self.warnings, "W_SPLIT"))))
+
     @cached_property
     def study_key(self) -> str:
         """An opaque name of the study: a hash, because the UID itself may not be passed on."""
@@ -59,7 +61,7 @@ class SeriesCandidate:
         """An opaque name of this part of the series, the same whatever the order and the names of the files."""
         head = self.first
         direction = "" if head.orientation is None else [round(v, 2) + 0.0 for v in head.orientation]
-        return "series-" + _digest(repr((head.series, _part_key(head), direction)))
+        return "series-" + _digest(repr((head.series, part_key(head), direction)))
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -137,18 +139,10 @@ def group_slices(slices: Iterable[SliceHeader]) -> list[SeriesCandidate]:
     result: list[SeriesCandidate] = []
     for members in by_series.values():
         whole = members[0].frame is not None or not all(s.has_geometry for s in members)
-        groups = [members] if whole else _split(members)
+        groups = [members] if whole else parts_of(members)
         warnings = ("W_SPLIT",) if len(groups) > 1 else ()
         result += [SeriesCandidate(tuple(group), warnings) for group in groups]
     return result
-
-
-def direction_of(s: SliceHeader) -> np.ndarray:
-    """The unit normal of a slice; zeros if row and column direction coincide."""
-    orientation = np.array(s.orientation)
-    normal = np.cross(orientation[:3], orientation[3:])
-    length = float(np.linalg.norm(normal))
-    return np.asarray(normal / length if length > 0.5 else np.zeros(3))
 
 
 def _scan(
@@ -168,36 +162,6 @@ def _scan(
         if progress is not None:
             progress(done, len(files))
     return FolderScan(tuple(_with_strays(group_slices(kept), aside)), skipped, tuple(unreadable))
-
-
-def _split(members: list[SliceHeader]) -> list[list[SliceHeader]]:
-    parts = _parts(members, by_acquisition=True)
-    if len(parts) > 1 and max(map(len, parts)) <= FRAGMENT_SLICES:
-        # Some scanners number every table position of one scan as an acquisition of its own.
-        parts = _parts(members, by_acquisition=False)
-    return parts
-
-
-def _parts(members: list[SliceHeader], *, by_acquisition: bool) -> list[list[SliceHeader]]:
-    groups: dict[tuple[Any, ...], list[list[SliceHeader]]] = {}
-    for s in members:
-        key = (*_part_key(s), s.acquisition if by_acquisition else "")
-        for group in groups.setdefault(key, []):
-            if _same_direction(group[0], s):
-                group.append(s)
-                break
-        else:
-            groups[key].append([s])
-    return [group for alike in groups.values() for group in alike]
-
-
-def _part_key(s: SliceHeader) -> tuple[Any, ...]:
-    return s.frame_of_reference, s.rows, s.columns, s.pixel_spacing, s.kernel, s.pixels.layout
-
-
-def _same_direction(a: SliceHeader, b: SliceHeader) -> bool:
-    pairs = zip(a.orientation or (), b.orientation or (), strict=True)
-    return a.orientation == b.orientation or all(abs(x - y) <= ORIENTATION_TOLERANCE for x, y in pairs)
 
 
 def _with_strays(candidates: list[SeriesCandidate], aside: list[SliceHeader]) -> list[SeriesCandidate]:

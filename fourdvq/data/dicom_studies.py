@@ -191,7 +191,8 @@ def _scan_of(study: _Study, choice: Choice, findings: list[Finding]) -> DatedSca
         found = f"{len(study.damaged)} damaged files beside the scan's slices"
         findings.append(finding("E_CORRUPT", str(study.damaged[0]), found, patient=row.patient_id, scan=row.scan_id))
     files = tuple(sorted({*used.files, *study.damaged})) if study.damaged else used.files
-    row = replace(row, study_key=used.study_key, series_key=used.series_key, files=files)
+    split = "W_SPLIT" in used.warnings
+    row = replace(row, study_key=used.study_key, series_key=used.series_key, files=files, split=split)
     score = next(j.score for j in choice.judged if j.candidate is used)
     return DatedScan(row, study.where, study.date, study.days, score, used)
 

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from fourdvq.data.cohort_rows import DatedScan, Finding, finding
-from fourdvq.data.dicom import direction_of
 from fourdvq.data.dicom_file import SliceHeader
 from fourdvq.data.files import file_sha256
+from fourdvq.data.parts import direction_of
 from fourdvq.data.pixels import stored_bytes
 
 

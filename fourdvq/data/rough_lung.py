@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fourdvq.data.dicom import SeriesCandidate, direction_of
+from fourdvq.data.dicom import SeriesCandidate
+from fourdvq.data.parts import direction_of
 from fourdvq.data.pixels import is_compressed, raw_image, to_hu
 from fourdvq.errors import VolumeError
 

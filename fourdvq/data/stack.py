@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fourdvq.data.dicom import direction_of
 from fourdvq.data.dicom_file import SliceHeader
 from fourdvq.data.limits import shown
+from fourdvq.data.parts import direction_of
 from fourdvq.data.pixels import slice_hu
 from fourdvq.errors import VolumeError
 

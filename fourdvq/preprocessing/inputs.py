@@ -38,6 +38,7 @@ class ScanInput:
     study_key: str = ""  # which DICOM study of the folder
     series_key: str = ""  # which series of the study; empty: the best one
     files: tuple[Path, ...] = ()  # the files of that series; empty: all below `path` are looked at
+    split: bool = False  # other parts of the series were left out of `files`
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,9 @@ def scan_inputs(cohort: Cohort, patient_id: str, hashes: SourceHashes | None = N
             study_key=row.study_key,
             series_key=row.series_key,
             files=row.files,
+            split=row.split,
         )
-        result.append(replace(scan, source_sha256=hashes.of(*_sources(scan)) if hashes else ""))
+        result.append(replace(scan, source_sha256=_source_sha256(scan, hashes) if hashes else ""))
     return result
 
 
@@ -133,6 +135,8 @@ def load_input(
     from fourdvq.data.series import SeriesLimits, load_series
 
     candidate = best_series(scan.path, study_key=scan.study_key, series_key=scan.series_key, files=scan.files)
+    if scan.split:
+        candidate = candidate.split_off()
     series = load_series(candidate, SeriesLimits(limits.fill_single_gap, limits.tilt == "shear", readers))
     return LoadedScan(series.volume, mask, series.warnings, series.thickness_mm, series.technical)
 
@@ -171,7 +175,13 @@ def without_paths(text: str) -> str:
 
 def source_key(scan: ScanInput) -> str:
     """The content hash of a scan and its mask: of the files that are read, not of others in their folder."""
-    return scan.source_sha256 or SourceHashes().of(*_sources(scan))
+    return scan.source_sha256 or _source_sha256(scan, SourceHashes())
+
+
+def _source_sha256(scan: ScanInput, hashes: SourceHashes) -> str:
+    contents = hashes.of(*_sources(scan))
+    # A part of a series is read by a stricter rule than the same files alone.
+    return hashlib.sha256(f"{contents} split".encode()).hexdigest() if scan.split else contents
 
 
 def _remembered(path: Path) -> dict[str, str]:

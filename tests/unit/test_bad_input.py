@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ from fourdvq.data.dicom import find_series, scan_folder
 from fourdvq.data.series import LoadedSeries, SeriesLimits, load_series
 from fourdvq.data.volume import Volume, write_nifti
 from fourdvq.errors import VolumeError
+from fourdvq.preprocessing.inputs import load_input, scan_inputs, source_key
+from fourdvq.preprocessing.profile import LimitsSpec
 from synthetic_lungs import chest
 
 
@@ -151,11 +154,40 @@ def test_a_scan_numbered_acquisition_by_acquisition_is_still_one_scan(volume, tm
         ("Modality", "MR"),
         ("ImageType", ["DERIVED", "SECONDARY", "MPR"]),
         ("BitsStored", 12),
+        ("PixelRepresentation", 1),
     ],
 )
 def test_one_slice_with_another_header_is_missed_and_never_bridged_over(volume, tmp_path, name, value, at):
     write_series(tmp_path, volume, edit=lambda i, d: setattr(d, name, value) if i == at else None)
     assert refused(tmp_path).code == "E_MIXED"
+
+
+def test_slices_stored_in_two_ways_are_one_series_and_each_is_decoded_in_its_own(volume, tmp_path):
+    def two_ways(i, data):
+        if i % 2:
+            raw = volume.hu[i].astype(np.int32)
+            data.PixelRepresentation, data.BitsStored, data.HighBit, data.RescaleIntercept = 1, 13, 12, 0
+            data.PixelData = (raw & 0x1FFF).astype("<u2").tobytes()
+
+    write_series(tmp_path, volume, edit=two_ways)
+    got = loaded(tmp_path)
+    np.testing.assert_array_equal(got.volume.hu, volume.hu)
+    assert got.warnings == ()
+
+
+@pytest.mark.parametrize("elsewhere", [{7, 13, 14, 15}, {13, 14, 15}])
+def test_what_was_split_off_at_the_scan_is_not_bridged_over_at_preparation(volume, tmp_path, elsewhere):
+    """The missing slice is there, with another kernel; the files of the chosen part alone do not show it."""
+    write_series(
+        tmp_path / "ct", volume, edit=lambda i, d: setattr(d, "ConvolutionKernel", "B31f" if i in elsewhere else "B30f")
+    )
+    (scan,) = scan_inputs(cohort_of(tmp_path, CANARY_ID), CANARY_ID)
+    if 7 in elsewhere:
+        with pytest.raises(VolumeError, match="E_GAP"):
+            load_input(scan, LimitsSpec(), with_mask=False)
+    else:
+        assert load_input(scan, LimitsSpec(), with_mask=False).warnings == ("W_SPLIT",)
+    assert source_key(scan) != source_key(replace(scan, split=False))
 
 
 def test_a_localizer_of_the_same_patient_is_no_missing_slice(volume, tmp_path):
