@@ -19,7 +19,7 @@ import numpy as np
 from fourdvq.data.dicom_file import CT_CLASSES, SECONDARY_CAPTURE, SliceHeader, read_headers
 from fourdvq.data.known_headers import KnownHeaders
 from fourdvq.data.limits import ARCHIVE_SUFFIXES
-from fourdvq.data.parts import FRAGMENT_SLICES, direction_of, part_key, parts_of
+from fourdvq.data.parts import FRAGMENT_SLICES, direction_of, part_key, parts_of, places_of
 from fourdvq.data.walk import walk_files
 from fourdvq.errors import VolumeError
 
@@ -205,8 +205,7 @@ def _places(candidate: SeriesCandidate) -> np.ndarray | None:
     """Positions along the normal in rising order, or None without geometry."""
     if not candidate.has_geometry:
         return None
-    normal = direction_of(candidate.first)
-    return np.sort(np.array([s.position for s in candidate.slices]) @ normal)
+    return np.sort(places_of(candidate.slices))
 
 
 def _sort_out(path: Path, read: _Read, kept: list[SliceHeader], aside: list[SliceHeader]) -> str:

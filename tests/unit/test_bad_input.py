@@ -138,9 +138,44 @@ def test_two_acquisitions_at_the_same_places_are_split_before_anything_is_refuse
     assert got.warnings == ("W_SPLIT",)
 
 
-def test_a_scan_numbered_acquisition_by_acquisition_is_still_one_scan(volume, tmp_path):
-    write_series(tmp_path, volume, edit=lambda i, d: setattr(d, "AcquisitionNumber", i + 1))
-    np.testing.assert_array_equal(loaded(tmp_path).volume.hu, volume.hu)
+@pytest.mark.parametrize("slices", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("downwards", [False, True])
+def test_a_scan_numbered_acquisition_by_acquisition_is_still_one_scan(volume, tmp_path, slices, downwards):
+    def numbered(i, data):
+        data.AcquisitionNumber = (15 - i if downwards else i) // slices + 1
+
+    write_series(tmp_path, volume, edit=numbered)
+    got = loaded(tmp_path)
+    np.testing.assert_array_equal(got.volume.hu, volume.hu)
+    assert got.warnings == ()
+
+
+def test_a_slice_that_is_missing_between_two_acquisitions_is_filled_as_anywhere_else(volume, tmp_path):
+    write_series(tmp_path, volume, leave_out=[8], edit=lambda i, d: setattr(d, "AcquisitionNumber", 1 + i // 8))
+    got = loaded(tmp_path)
+    assert (got.volume.hu.shape, got.warnings) == ((16, 24, 24), ("W_FILLED",))
+
+
+def test_two_breath_holds_of_several_acquisitions_each_are_two_scans(volume, tmp_path):
+    def edit(first):
+        return lambda i, d: setattr(d, "AcquisitionNumber", first + i // 4)
+
+    write_series(tmp_path, volume, edit=edit(1))
+    write_series(tmp_path, other(volume, 7), edit=edit(8), prefix="again")
+    assert len(find_series(tmp_path)) == 2
+    assert loaded(tmp_path).volume.hu.shape == volume.hu.shape
+
+
+def test_two_acquisitions_apart_are_two_scans_and_the_longer_is_used(volume, tmp_path):
+    def edit(i, data):
+        far = i >= 10
+        data.AcquisitionNumber = 2 if far else 1
+        data.ImagePositionPatient = [-80.0, -70.0, -200.0 + 1.5 * i + (20 if far else 0)]
+
+    write_series(tmp_path, volume, edit=edit)
+    got = loaded(tmp_path)
+    np.testing.assert_array_equal(got.volume.hu, volume.hu[:10])
+    assert got.warnings == ("W_SPLIT",)
 
 
 @pytest.mark.parametrize("at", [0, 7, 15])

@@ -278,7 +278,7 @@ def test_empty_folders_archives_and_links_in_a_circle_are_survived(volume, tmp_p
 
 
 def test_a_series_that_mixes_geometries_is_split_and_the_larger_part_wins(volume, tmp_path):
-    write_series(tmp_path, volume, edit=lambda i, d: setattr(d, "AcquisitionNumber", 1 if i < 16 else 2))
+    write_series(tmp_path, volume, edit=lambda i, d: setattr(d, "ConvolutionKernel", "B30f" if i < 16 else "B31f"))
     found = loaded(tmp_path)
     np.testing.assert_array_equal(found.volume.hu, volume.hu[:16])
     assert found.warnings == ("W_SPLIT",)
