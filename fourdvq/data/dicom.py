@@ -19,7 +19,15 @@ import numpy as np
 from fourdvq.data.dicom_file import CT_CLASSES, SECONDARY_CAPTURE, SliceHeader, read_headers
 from fourdvq.data.known_headers import KnownHeaders
 from fourdvq.data.limits import ARCHIVE_SUFFIXES
-from fourdvq.data.parts import FRAGMENT_SLICES, direction_of, part_key, parts_of, places_of
+from fourdvq.data.parts import (
+    FRAGMENT_SLICES,
+    by_person_and_day,
+    direction_of,
+    has_common_frame,
+    part_key,
+    parts_of,
+    places_of,
+)
 from fourdvq.data.walk import walk_files
 from fourdvq.errors import VolumeError
 
@@ -61,7 +69,12 @@ class SeriesCandidate:
         """An opaque name of this part of the series, the same whatever the order and the names of the files."""
         head = self.first
         direction = "" if head.orientation is None else [round(v, 2) + 0.0 for v in head.orientation]
-        return "series-" + _digest(repr((head.series, part_key(head), direction)))
+        frame = head.frame_of_reference if has_common_frame(self.slices) else ""
+        # An acquisition belongs to one part, an enhanced file has one instance, and so few slices one layout.
+        acquisition = min(s.acquisition for s in self.slices)
+        layout = head.pixels.layout if len(self.slices) <= FRAGMENT_SLICES else ()
+        part = (head.series, head.instance, frame, part_key(head), direction, acquisition, layout)
+        return "series-" + _digest(repr(part))
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -138,11 +151,15 @@ def group_slices(slices: Iterable[SliceHeader]) -> list[SeriesCandidate]:
         by_series.setdefault((s.study, s.series, "" if s.frame is None else str(s.path)), []).append(s)
     result: list[SeriesCandidate] = []
     for members in by_series.values():
-        whole = members[0].frame is not None or not all(s.has_geometry for s in members)
-        groups = [members] if whole else parts_of(members)
+        groups = [group for owned in by_person_and_day(members) for group in _volumes(owned)]
         warnings = ("W_SPLIT",) if len(groups) > 1 else ()
         result += [SeriesCandidate(tuple(group), warnings) for group in groups]
     return result
+
+
+def _volumes(members: list[SliceHeader]) -> list[list[SliceHeader]]:
+    whole = members[0].frame is not None or not all(s.has_geometry for s in members)
+    return [members] if whole else parts_of(members)
 
 
 def _scan(

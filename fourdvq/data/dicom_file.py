@@ -27,13 +27,13 @@ MAX_INFLATED = 1 << 26  # of a deflated file: a CT slice is 0.5 MB, a multi-fram
 _PIXEL_DATA = b"\xe0\x7f\x10\x00"
 _UNDEFINED = 0xFFFFFFFF
 _TAGS = [
-    "SOPClassUID", "Modality", "ImageType", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "PatientID",
-    "PatientBirthDate", "PatientSex", "StudyDate", "Rows", "Columns", "PixelSpacing", "ImagePositionPatient",
-    "ImageOrientationPatient", "RescaleSlope", "RescaleIntercept", "AcquisitionNumber", "ConvolutionKernel",
-    "SeriesDescription", "ProtocolName", "SliceThickness", "BurnedInAnnotation", "ContrastBolusAgent",
-    "PatientPosition", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored",
-    "HighBit", "PixelRepresentation", "Manufacturer", "KVP", "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence",
+    "SOPClassUID", "SOPInstanceUID", "Modality", "ImageType", "StudyInstanceUID", "SeriesInstanceUID",
+    "FrameOfReferenceUID", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "Rows", "Columns",
+    "PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient", "RescaleSlope", "RescaleIntercept",
+    "AcquisitionNumber", "ConvolutionKernel", "SeriesDescription", "ProtocolName", "SliceThickness",
+    "BurnedInAnnotation", "ContrastBolusAgent", "PatientPosition", "NumberOfFrames", "SamplesPerPixel",
+    "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "Manufacturer",
+    "KVP", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
 ]  # fmt: skip
 # pydicom logs header values with its warnings; a log may hold no patient's value.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -96,6 +96,7 @@ class SliceHeader(NamedTuple):
     kvp: float | None = None
     frame: int | None = None  # which image of an enhanced multi-frame file
     stack: str = ""  # of an enhanced multi-frame file
+    instance: str = ""  # SOPInstanceUID of an enhanced multi-frame file; of others it is not kept
 
     @property
     def has_geometry(self) -> bool:

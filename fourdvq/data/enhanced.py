@@ -20,6 +20,7 @@ def frames_of(header: SliceHeader, data: pydicom.Dataset) -> tuple[SliceHeader, 
     if len(groups) != header.frames:
         found = f"{header.frames} frames announced, {len(groups)} described"
         raise VolumeError("E_CORRUPT", where=shown(header.path), found=found)
+    header = header._replace(instance=text_of(data, "SOPInstanceUID"))
     shared = (list(data.get("SharedFunctionalGroupsSequence") or []) or [_NOTHING])[0]
     return tuple(_frame(header, shared, own, i) for i, own in enumerate(groups))
 

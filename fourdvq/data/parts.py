@@ -27,9 +27,29 @@ def parts_of(members: Sequence[SliceHeader]) -> list[list[SliceHeader]]:
     return [scan for alike in _alike(members) for scan in _scans_of(alike)]
 
 
+def by_person_and_day(members: Sequence[SliceHeader]) -> list[list[SliceHeader]]:
+    """Slices under one series UID by PatientID and StudyDate: a UID that was blanked or replaced is that of many.
+
+    A few odd ones stay with the others, and have their series refused: a damaged header may not take its slice away.
+    """
+    owners = Counter((s.patient_id, s.study_date) for s in members)
+    several = [owner for owner, count in owners.most_common() if count > FRAGMENT_SLICES]
+    if len(several) < 2:
+        return [list(members)]
+    groups: dict[tuple[str, str], list[SliceHeader]] = {owner: [] for owner in several}
+    for s in members:
+        groups.get((s.patient_id, s.study_date), groups[several[0]]).append(s)
+    return list(groups.values())
+
+
 def part_key(s: SliceHeader) -> tuple[Any, ...]:
-    """What is equal in all slices of a part, besides their direction."""
-    return s.frame_of_reference, s.rows, s.columns, s.pixel_spacing, s.kernel, s.pixels.samples, s.pixels.photometric
+    """What is equal in all slices of a part, besides their direction and, if it says anything, frame of reference."""
+    return s.rows, s.columns, s.pixel_spacing, s.kernel, s.pixels.samples, s.pixels.photometric
+
+
+def has_common_frame(members: Sequence[SliceHeader]) -> bool:
+    """Whether the FrameOfReferenceUID says anything: some anonymisers make a new one for every file."""
+    return len({s.frame_of_reference for s in members}) <= 0.9 * len(members)
 
 
 def direction_of(s: SliceHeader) -> np.ndarray:
@@ -49,15 +69,18 @@ def _alike(members: Sequence[SliceHeader]) -> list[list[SliceHeader]]:
     """By geometry and kernel."""
     layouts = Counter(s.pixels.layout for s in members)
     rare = {layout for layout, count in layouts.items() if count <= FRAGMENT_SLICES < len(members)}
+    with_frame = has_common_frame(members)
     groups: dict[tuple[Any, ...], list[list[SliceHeader]]] = {}
     for s in members:
         layout = s.pixels.layout if rare and s.pixels.layout in rare else ()
-        for group in groups.setdefault((*part_key(s), layout), []):
+        frame = s.frame_of_reference if with_frame else ""
+        same_kind = groups.setdefault((*part_key(s), frame, layout), [])
+        for group in same_kind:
             if _same_direction(group[0], s):
                 group.append(s)
                 break
         else:
-            groups[*part_key(s), layout].append([s])
+            same_kind.append([s])
     return [group for alike in groups.values() for group in alike]
 
 

@@ -166,6 +166,27 @@ def test_two_breath_holds_of_several_acquisitions_each_are_two_scans(volume, tmp
     assert loaded(tmp_path).volume.hu.shape == volume.hu.shape
 
 
+@pytest.mark.parametrize("uid", ["", "1.2.3.4"])
+def test_patients_whose_uids_were_blanked_or_made_one_stay_apart(volume, tmp_path, uid):
+    def edit(i, data):
+        data.StudyInstanceUID = data.SeriesInstanceUID = data.FrameOfReferenceUID = uid
+
+    write_series(tmp_path / "ct" / "a", volume, patient_id="P1", edit=edit)
+    write_series(tmp_path / "ct" / "b", other(volume, 3), patient_id="P2", study_date="20160301", edit=edit)
+    cohort = cohort_of(tmp_path, "P1", "P2")
+    assert [p.patient_id for p in cohort.usable] == ["P1", "P2"]
+    for patient, hu in (("P1", volume.hu), ("P2", volume.hu + 3)):
+        (scan,) = scan_inputs(cohort, patient)
+        np.testing.assert_array_equal(load_input(scan, LimitsSpec(), with_mask=False).volume.hu, hu)
+
+
+def test_a_frame_of_reference_that_is_new_in_every_file_says_nothing(volume, tmp_path):
+    write_series(tmp_path, volume, edit=lambda i, d: setattr(d, "FrameOfReferenceUID", f"1.2.{i}"))
+    got = loaded(tmp_path)
+    np.testing.assert_array_equal(got.volume.hu, volume.hu)
+    assert got.warnings == ()
+
+
 def test_two_acquisitions_apart_are_two_scans_and_the_longer_is_used(volume, tmp_path):
     def edit(i, data):
         far = i >= 10

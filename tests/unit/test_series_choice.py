@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from client_calls import call
-from dicom_factory import CANARY_ID, write_series
+from dicom_factory import CANARY_ID, rewrite, write_enhanced, write_series
 from fourdvq.data.choice import Choice, ChoiceRules, best_series, choose_series
 from fourdvq.data.cohort import load_cohort
 from fourdvq.data.dicom import SeriesCandidate, find_series
@@ -193,6 +193,23 @@ def test_a_row_of_the_scan_table_that_names_a_dicom_folder_is_chosen_the_same_wa
     cohort = load_cohort(clinical, tmp_path / "scans.csv", tmp_path / "ct")
     assert [(s.days, s.files[0].parent.name) for s in cohort.scans_of(CANARY_ID)] == [(0, "a"), (366, "b")]
     assert ("E_EMPTY", "z") in {(f.code, f.scan_id) for f in cohort.findings}
+
+
+def test_two_acquisitions_of_a_series_and_two_enhanced_files_of_one_can_be_told_apart(volume, tmp_path):
+    other = Volume(volume.hu + 9, volume.spacing, volume.origin)
+    series(tmp_path / "acquisitions", volume, "one", AcquisitionNumber=1)
+    series(tmp_path / "acquisitions", other, "two", AcquisitionNumber=2, SeriesInstanceUID="1.2.3")
+    for path in (tmp_path / "acquisitions" / "study" / "one").iterdir():
+        rewrite(path, lambda d: setattr(d, "SeriesInstanceUID", "1.2.3"))
+    write_enhanced(tmp_path / "enhanced" / "one.dcm", volume)
+    write_enhanced(tmp_path / "enhanced" / "two.dcm", other, edit=lambda d: setattr(d, "SOPInstanceUID", "1.2.5"))
+    for name in ("acquisitions", "enhanced"):
+        pair = find_series(tmp_path / name)
+        assert len({c.first.series for c in pair}) == 1
+        assert len({c.series_key for c in pair}) == 2
+        for c in pair:
+            # Preparation is given the files of the one that was chosen, and finds it again among them.
+            assert best_series(tmp_path, series_key=c.series_key, files=c.files).slices == c.slices
 
 
 # --- the files of a site ---------------------------------------------------------------------------------------------
