@@ -272,7 +272,7 @@ CODES: dict[str, Explanation] = {
     "E_TIME": _E("a follow-up time cannot be used", "negative, or before the last scan", "days since the first scan, 0 or more", "correct the row, then run `fourdvq-client scan`", "DATA_INVALID"),
     "E_AGE": _E("an age cannot be used", "below 18, above 110 or not a number", "years from 18 to 110", "correct the row", "DATA_INVALID"),
     "E_WORD": _E("an unknown word in a coded column", "the table uses its own words", "a word of site.yaml: values", "add the word to site.yaml: values", "DATA_INVALID"),
-    "E_IDENTITY": _E("one patient id, two persons", "birth date or sex differs between scans", "one person per id", "correct the export", "DATA_INVALID"),
+    "E_IDENTITY": _E("one patient id, two persons", "birth date or sex differs between scans, or the headers of one patient's scan hold the id of another", "one person per id", "correct the export", "DATA_INVALID"),
     "E_FEW": _E("too few patients or scans", "the cohort is below the smallest useful size", "more approved scans", "add scans", "TOO_FEW_PATIENTS"),
     "E_NO_APPROVED": _E("no approved scan", "training reads approved scans only", "decisions in prep/review.csv", "fourdvq-client qc approve", "DATA_INVALID"),
     "E_PATIENT": _E("no such patient", "the id or pseudonym is not in the manifest", "an id or pseudonym of this site", "fourdvq-client qc list", "DATA_INVALID"),
@@ -313,6 +313,7 @@ CODES: dict[str, Explanation] = {
     "W_COVARIATE": _E("a covariate is missing", "the patient stays in training and leaves the survival analysis", "age, sex and smoking", "complete the row if you can"),
     "W_HORIZON": _E("far beyond the observed times", "the model extrapolates", "times within the training window", "read the result with care"),
     "W_COMMA": _E("decimal commas or semicolons", "the table was written with another locale", "points and commas", "nothing to do"),
+    "W_IDENTITY": _E("several patient ids in the headers of one patient", "the export gave each visit an id of its own; scans.csv says whose they are", "one id for all visits", "check the rows of this patient in scans.csv"),
     "W_DOUBLE_PIXELS": _E("the same pixels under two ids", "a scan was exported twice", "one id per scan", "check the ids"),
 }  # fmt: skip
 

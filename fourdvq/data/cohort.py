@@ -89,8 +89,9 @@ def load_cohort(
     if not table.columns & {"time_days", "last_contact_date"}:
         raise CohortError("E_COLUMN", where=clinical.name, found="neither time_days nor last_contact_date")
     reader = DicomReader(dicom)
+    listed = {row["patient_id"] for row in table.rows}
     dated = (
-        scans_from_table(scans, scans_folder, columns or {}, reader, findings)
+        scans_from_table(scans, scans_folder, columns or {}, reader, findings, listed)
         if scans
         else scans_from_dicom(scans_folder, reader, findings)
     )

@@ -22,7 +22,7 @@ from fourdvq.data.choice import (
 from fourdvq.data.cohort_rows import CandidateRow, DatedScan, Finding, ScanRow, finding
 from fourdvq.data.dicom import FolderScan, SeriesCandidate, scan_folder
 from fourdvq.data.known_headers import KnownHeaders
-from fourdvq.data.limits import IMAGE_SUFFIXES
+from fourdvq.data.limits import IMAGE_SUFFIXES, shown
 from fourdvq.data.rough_lung import rough_lung_ml
 from fourdvq.data.tables import parse_date
 from fourdvq.errors import VolumeError
@@ -46,7 +46,10 @@ class DicomOptions:
 
 @dataclass(frozen=True)
 class _Study:
-    """The candidates for one scan, before one is chosen; `damaged` are files that may be slices of it."""
+    """The candidates for one scan, before one is chosen; `damaged` are files that may be slices of it.
+
+    Of a `declared` one a table says whose it is, else the headers.
+    """
 
     row: ScanRow
     where: str
@@ -55,6 +58,7 @@ class _Study:
     candidates: tuple[SeriesCandidate, ...]
     damaged: tuple[Path, ...] = ()
     error: VolumeError | None = None
+    declared: bool = False
 
 
 class DicomReader:
@@ -73,13 +77,15 @@ class DicomReader:
     def add_folder(self, row: ScanRow, where: str, date: datetime.date | None, days: int | None) -> None:
         """A DICOM folder that the hospital's table names as one scan of a patient."""
         found = self._look(row.path)
-        candidates = found.candidates
-        if date is not None:
-            # Of several studies in the folder, the one of that day.
-            same_day = tuple(c for c in candidates if parse_date(c.first.study_date) == date)
-            candidates = same_day or candidates
-        error = None if candidates else nothing_found(found, row.path)
-        self._studies.append(_Study(row, where, date, days, candidates, found.unreadable, error))
+        # Of several studies in the folder, the one of that day.
+        candidates = tuple(c for c in found.candidates if date is None or _day_of(c) in (date, None))
+        error = None
+        if not found.candidates:
+            error = nothing_found(found, row.path)
+        elif not candidates:
+            error = _other_day(found.candidates, row.path)
+        study = _Study(row, where, date, days, candidates, found.unreadable, error, declared=True)
+        self._studies.append(study)
 
     def add_studies(self, folder: Path) -> FolderScan:
         """Every study below a folder, as a scan of the patient its headers name."""
@@ -89,31 +95,31 @@ class DicomReader:
             by_study.setdefault((_patient_of(candidate), candidate.first.study), []).append(candidate)
         numbered: Counter[str] = Counter()
         claimed: set[Path] = set()
-        in_time = sorted(by_study.items(), key=lambda item: (item[0][0], item[1][0].first.study_date, item[0][1]))
+        in_time = sorted(by_study.items(), key=lambda item: (item[0][0], _days_of(item[1])[:1], item[0][1]))
         for (patient, _), candidates in in_time:
             numbered[patient] += 1
-            date = candidates[0].first.study_date
+            date = next(iter(_days_of(candidates)), None)
             where = f"DICOM study of {date or 'no date'} of patient {patient!r}"
             folders = {folder for c in candidates for folder in c.folders}
             place = _common_folder(folders)
             damaged = tuple(p for p in found.unreadable if p.parent in folders)
             claimed.update(damaged)
             row = ScanRow(patient, f"study-{numbered[patient]}", place, 0, mask_of(place, ""), "dicom")
-            self._studies.append(_Study(row, where, parse_date(date), None, tuple(candidates), damaged))
+            self._studies.append(_Study(row, where, date, None, tuple(candidates), damaged))
         self._loose_damage += [p for p in found.unreadable if p not in claimed]
         return found
 
-    def chosen(self, findings: list[Finding]) -> list[DatedScan]:
+    def chosen(self, findings: list[Finding], listed: Collection[str] = ()) -> list[DatedScan]:
         """A scan for each study; those with a fault are findings, and not usable.
 
-        Raises ConfigError for an override that names nothing.
+        `listed` are all patients of the tables, whose ids may stand in no other's headers. Raises ConfigError for an
+        override that names nothing.
         """
         check_overrides(self._options.overrides, [s.candidates for s in self._studies], OVERRIDES)
         findings += [finding("E_CORRUPT", str(path), "a damaged DICOM file") for path in self._loose_damage]
-        findings += _identity_findings(self._studies)
+        findings += _identity_findings(self._studies, listed)
         result = []
-        for patient in sorted({s.row.patient_id for s in self._studies}):
-            mine = [s for s in self._studies if s.row.patient_id == patient]
+        for _, mine in sorted(_by_patient(self._studies).items()):
             faults = [_fault(s) for s in mine]
             for study, fault in zip(mine, faults, strict=True):
                 if fault is not None:
@@ -149,6 +155,28 @@ def mask_of(source: Path, text: str, *folders: Path) -> Path | None:
     return next((path for path in beside if path.exists()), None)
 
 
+def _by_patient(studies: Iterable[_Study]) -> dict[str, list[_Study]]:
+    result: dict[str, list[_Study]] = {}
+    for study in studies:
+        result.setdefault(study.row.patient_id, []).append(study)
+    return result
+
+
+def _day_of(candidate: SeriesCandidate) -> datetime.date | None:
+    return parse_date(candidate.first.study_date)
+
+
+def _days_of(candidates: Iterable[SeriesCandidate]) -> list[datetime.date]:
+    """The days that the headers name, the first one first."""
+    return sorted({day for c in candidates if (day := _day_of(c))})
+
+
+def _other_day(candidates: Iterable[SeriesCandidate], folder: Path) -> VolumeError:
+    found = "headers of " + ", ".join(map(str, _days_of(candidates)))
+    fix = "correct the row; if the dates in the headers are not the real ones, give days_from_baseline and no date"
+    return VolumeError("E_DATE", where=shown(folder), found=found, wanted="the date of the row", fix=fix)
+
+
 def _patient_of(candidate: SeriesCandidate) -> str:
     """The id that most slices carry: one damaged header may not move a scan to another patient."""
     return Counter(s.patient_id for s in candidate.slices).most_common(1)[0][0]
@@ -161,13 +189,17 @@ class _Fault:
     code: str
     where: str
     found: str
+    fix: str = ""
 
 
 def _fault(study: _Study) -> _Fault | None:
     if not study.row.patient_id:
         return _Fault("E_ID", study.where, "no PatientID")
     if study.error is not None:
-        return _Fault(study.error.code, f"{study.where}: {study.error.where}", study.error.found)
+        error = study.error
+        return _Fault(error.code, f"{study.where}: {error.where}", error.found, error.fix)
+    if len(days := _days_of(study.candidates)) > 1:
+        return _Fault("E_DATE", study.where, f"series of {len(days)} days")
     born = {parse_date(c.first.birth_date) for c in study.candidates} - {None}
     if study.date is not None and any(b is not None and b > study.date for b in born):
         return _Fault("E_DATE", study.where, "a study before the patient's birth")
@@ -176,7 +208,7 @@ def _fault(study: _Study) -> _Fault | None:
 
 def _noted(study: _Study, fault: _Fault) -> Finding:
     scan = study.row.scan_id if study.row.patient_id else ""
-    return finding(fault.code, fault.where, fault.found, patient=study.row.patient_id, scan=scan)
+    return finding(fault.code, fault.where, fault.found, patient=study.row.patient_id, scan=scan, fix=fault.fix)
 
 
 def _scan_of(study: _Study, choice: Choice, findings: list[Finding]) -> DatedScan:
@@ -226,22 +258,29 @@ def _lost_by(score: Sequence[int], best: Sequence[int]) -> str:
     return next((word for word, a, b in zip(_CRITERIA, score, best, strict=True) if a < b), "equal; settled by the key")
 
 
-def _identity_findings(studies: Iterable[_Study]) -> list[Finding]:
-    persons: dict[str, dict[str, set[str]]] = {}
-    for study in studies:
-        for patient, sex, born in {(s.patient_id, s.sex, s.birth_date) for c in study.candidates for s in c.slices}:
-            person = persons.setdefault(study.row.patient_id, {"patient id": set(), "sex": set(), "birth date": set()})
-            person["patient id"].add(patient)
-            person["sex"] |= {sex} - {"", "O"}
-            person["birth date"] |= {born} - {""}
-    return [
-        finding(
-            "E_IDENTITY", f"DICOM headers of patient {patient!r}", f"{len(kinds)} values of {what}", patient=patient
-        )
-        for patient, person in persons.items()
-        for what, kinds in person.items()
-        if len(kinds) > 1
-    ]
+def _identity_findings(studies: Sequence[_Study], listed: Collection[str]) -> list[Finding]:
+    """Whoever is named by two birth dates or sexes, or whose headers name another patient of the tables."""
+    findings = []
+    for patient, mine in _by_patient(studies).items():
+        persons = {(s.patient_id, s.sex, s.birth_date) for x in mine for c in x.candidates for s in c.slices}
+        ids = {person[0] for person in persons}
+        where = f"DICOM headers of patient {patient!r}"
+        sexes = {sex.upper() for _, sex, _ in persons} & {"M", "F"}
+        several = {"patient id": ids, "sex": sexes, "birth date": {born for *_, born in persons} - {""}}
+        if any(s.declared for s in mine):
+            others = sorted((ids & set(listed)) - {patient})
+            if others:
+                findings.append(finding("E_IDENTITY", where, f"the id of patient {others[0]!r}", patient=patient))
+            elif len(several.pop("patient id") - {""}) > 1:
+                # Some exports give each visit an id of its own; the table says whose they are.
+                findings.append(finding("W_IDENTITY", where, f"{len(ids)} values of patient id", patient=patient))
+            several.pop("patient id", None)
+        findings += [
+            finding("E_IDENTITY", where, f"{len(values)} values of {what}", patient=patient)
+            for what, values in several.items()
+            if len(values) > 1
+        ]
+    return findings
 
 
 def _common_folder(folders: Collection[Path]) -> Path:

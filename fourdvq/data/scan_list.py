@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +24,17 @@ SCANS_OPTIONAL = ("date", "days_from_baseline", "mask")
 
 
 def scans_from_table(
-    path: Path, folder: Path, columns: Mapping[str, str], dicom: DicomReader, findings: list[Finding]
+    path: Path,
+    folder: Path,
+    columns: Mapping[str, str],
+    dicom: DicomReader,
+    findings: list[Finding],
+    patients: Collection[str] = (),
 ) -> list[DatedScan]:
-    """One scan for each row; one whose file or DICOM folder cannot be used is a finding, and gives its date alone."""
+    """One scan for each row; one whose file or DICOM folder cannot be used is a finding, and gives its date alone.
+
+    `patients` are those of the other table: no scan may be of one of them by its header, and of another by its row.
+    """
     table = read_source_table(path, required=SCANS_REQUIRED, optional=SCANS_OPTIONAL, columns=columns)
     if not table.columns & {"date", "days_from_baseline"}:
         raise CohortError("E_COLUMN", where=path.name, found="neither date nor days_from_baseline")
@@ -50,7 +58,7 @@ def scans_from_table(
             dicom.add_folder(ScanRow(patient, scan, source, 0, mask, "dicom"), where, date, days)
         else:
             result.append(DatedScan(ScanRow(patient, scan, source, 0, mask), where, date, days))
-    return result + dicom.chosen(findings)
+    return result + dicom.chosen(findings, {*patients, *(row["patient_id"] for row in table.rows)})
 
 
 def scans_from_dicom(folder: Path, dicom: DicomReader, findings: list[Finding]) -> list[DatedScan]:

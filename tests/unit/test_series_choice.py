@@ -11,7 +11,7 @@ import pytest
 from client_calls import call
 from dicom_factory import CANARY_ID, rewrite, write_enhanced, write_series
 from fourdvq.data.choice import Choice, ChoiceRules, best_series, choose_series
-from fourdvq.data.cohort import load_cohort
+from fourdvq.data.cohort import Cohort, load_cohort
 from fourdvq.data.dicom import SeriesCandidate, find_series
 from fourdvq.data.dicom_studies import DicomOptions
 from fourdvq.data.rough_lung import rough_lung_ml
@@ -210,6 +210,57 @@ def test_two_acquisitions_of_a_series_and_two_enhanced_files_of_one_can_be_told_
         for c in pair:
             # Preparation is given the files of the one that was chosen, and finds it again among them.
             assert best_series(tmp_path, series_key=c.series_key, files=c.files).slices == c.slices
+
+
+def table_cohort(folder: Path, rows: list[str], *patients: str, column: str = "date") -> Cohort:
+    """The cohort of `folder`/ct by a table of scans."""
+    people = [f"{p},60,M,ever,900,censored" for p in patients]
+    (folder / "clinical.csv").write_text("\n".join(["patient_id,age,sex,smoking,time_days,event", *people]))
+    (folder / "scans.csv").write_text("\n".join([f"patient_id,scan_id,path,{column}", *rows]))
+    return load_cohort(folder / "clinical.csv", folder / "scans.csv", folder / "ct")
+
+
+def codes_of(cohort: Cohort) -> set[tuple[str, str, str]]:
+    return {(f.code, f.patient_id, f.scan_id) for f in cohort.findings if f.code != "W_ONE_SCAN"}
+
+
+def two_visits(folder: Path, volume: Volume, *ids: str) -> None:
+    """ct/one of 2015 and ct/two of 2016, with the ids in their headers; the second one names no sex."""
+    later = Volume(volume.hu + 7, volume.spacing, volume.origin)
+    series(folder, volume, "one", study="ct", PatientID=ids[0], StudyInstanceUID="1.1", StudyDate="20150301")
+    series(folder, later, "two", study="ct", PatientID=ids[1], StudyInstanceUID="1.2", StudyDate="20160301",
+           PatientSex="U")  # fmt: skip
+
+
+def test_rows_whose_dates_are_swapped_are_found_by_the_headers(volume, tmp_path):
+    two_visits(tmp_path, volume, "P1", "P1")
+    cohort = table_cohort(tmp_path, ["P1,a,two,2015-03-01", "P1,b,one,2016-03-01"], "P1")
+    assert {("E_DATE", "P1", "a"), ("E_DATE", "P1", "b")} <= codes_of(cohort)
+    assert cohort.scans == ()
+    by_days = table_cohort(tmp_path, ["P1,a,one,0", "P1,b,two,300"], "P1", column="days_from_baseline")
+    assert [s.days for s in by_days.scans] == [0, 300]  # the way out where the dates in headers were shifted
+
+
+def test_rows_whose_patients_are_swapped_are_found_by_the_headers(volume, tmp_path):
+    two_visits(tmp_path, volume, "P1", "P2")
+    cohort = table_cohort(tmp_path, ["P2,a,one,2015-03-01", "P1,b,two,2016-03-01"], "P1", "P2")
+    assert codes_of(cohort) == {("E_IDENTITY", "P1", ""), ("E_IDENTITY", "P2", "")}
+    assert cohort.usable == ()
+
+
+def test_a_patient_of_the_table_may_have_an_id_in_the_headers_of_each_visit(volume, tmp_path):
+    two_visits(tmp_path, volume, "ANON-7", "ANON-9")
+    cohort = table_cohort(tmp_path, ["P1,a,one,2015-03-01", "P1,b,two,2016-03-01"], "P1")
+    assert codes_of(cohort) == {("W_IDENTITY", "P1", "")}
+    assert [s.days for s in cohort.scans_of("P1")] == [0, 366]
+
+
+def test_a_study_with_series_of_two_days_has_no_date(volume, tmp_path):
+    series(tmp_path / "ct", volume, "soft", ConvolutionKernel=SOFT, StudyDate="20150301")
+    series(tmp_path / "ct", volume, "sharp", ConvolutionKernel=SHARP, StudyDate="20160301")
+    cohort = load_cohort(write_clinical(tmp_path), None, tmp_path / "ct")
+    assert ("E_DATE", CANARY_ID, "study-1") in codes_of(cohort)
+    assert cohort.scans == ()
 
 
 # --- the files of a site ---------------------------------------------------------------------------------------------
