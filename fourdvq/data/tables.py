@@ -6,6 +6,8 @@ import csv
 import datetime
 import difflib
 import io
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from fourdvq.errors import CohortError
 from fourdvq.os_errors import reading
 
 _SEPARATORS = ",;\t"
+_NAMED_SEPARATOR = re.compile(r'"?sep=([,;\t])"?\s*', re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -39,20 +42,17 @@ class SourceTable:
 def read_lines(path: Path, *, fix: str = "") -> Lines:
     """Header and rows of a CSV, whoever wrote it; `fix` is the remedy if it is no text.
 
-    Raises CohortError E_FILE and E_TABLE (not UTF-8, no CSV, or a row with too many fields), and what `from_os` says of
-    a file that cannot be read.
+    Raises CohortError E_FILE and E_TABLE (not UTF-8, a quote without an end, or a row with too many fields), and what
+    `from_os` says of a file that cannot be read.
     """
     text = _text_of(path, fix)
     header = next((line for line in text.splitlines() if line.strip()), "")
-    separator = max(_SEPARATORS, key=header.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-    try:
-        lines = [(reader.line_num, [f.strip() for f in line]) for line in reader if any(f.strip() for f in line)]
-    except csv.Error as error:
-        raise CohortError("E_TABLE", where=f"{path.name} row {reader.line_num}", found=str(error), fix=fix) from None
+    named = _NAMED_SEPARATOR.fullmatch(header)  # a first line that some spreadsheets write and understand
+    separator = named[1] if named else max(_SEPARATORS, key=header.count)
+    lines = _fields(path, text, separator, fix)[1 if named else 0 :]
     names = lines[0][1] if lines else []
     for number, fields in lines[1:]:
-        if len(fields) > len(names):
+        if any(fields[len(names) :]):
             found = f"{len(fields)} fields, the header has {len(names)}"
             raise CohortError("E_TABLE", where=f"{path.name} row {number}", found=found, fix=fix)
     return Lines(separator, names, lines[1:])
@@ -81,11 +81,12 @@ def read_source_table(
 
 
 def parse_number(text: str, *, comma_is_decimal: bool) -> float | None:
-    """A number, or None; with `comma_is_decimal`, 71,5 is 71.5."""
+    """A finite number, or None; with `comma_is_decimal`, 71,5 is 71.5."""
     try:
-        return float(text.replace(",", ".") if comma_is_decimal else text)
+        number = float(text.replace(",", ".") if comma_is_decimal else text)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None
 
 
 def parse_whole(text: str) -> int | None:
@@ -109,6 +110,21 @@ def nearest(word: str, words: Sequence[str]) -> str:
     """ "did you mean ...?", or an empty text if nothing is close."""
     close = difflib.get_close_matches(word, words, n=1)
     return f"did you mean {close[0]!r}?" if close else ""
+
+
+def _fields(path: Path, text: str, separator: str, fix: str) -> list[tuple[int, list[str]]]:
+    """Each row that holds anything, with its number."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    lines: list[tuple[int, list[str]]] = []
+    try:
+        for fields in reader:
+            if any(field.strip() for field in fields):
+                lines.append((reader.line_num, [field.strip() for field in fields]))
+    except csv.Error as error:
+        # The row where the reader gave up: a quote that was opened in it, or before it, has no end.
+        where = f"{path.name} row {lines[-1][0] + 1 if lines else 1}"
+        raise CohortError("E_TABLE", where=where, found=str(error), fix=fix or "close or remove the quote") from None
+    return lines
 
 
 def _text_of(path: Path, fix: str) -> str:

@@ -233,6 +233,29 @@ def test_a_table_that_cannot_be_read_stops_with_its_code(site, tmp_path):
         load_cohort(tmp_path / "latin.csv", None, tmp_path / "empty")
 
 
+@pytest.mark.parametrize("word", ["nan", "inf", "-inf", "1e999"])
+def test_what_is_no_finite_number_is_no_number(site, word):
+    by_age = site(CLINICAL.replace("71,F", f"{word},F"))
+    by_time = site(CLINICAL.replace("900,censored", f"{word},censored"))
+    by_day = site(scans=SCANS.replace(",200\n", f",{word}\n"))
+    assert codes(by_age, "LEU-2") == {"W_COVARIATE" if word == "nan" else "E_AGE"}  # nan is a usual word for missing
+    assert codes(by_time, "LEU-2") == {"W_COVARIATE" if word == "nan" else "E_TIME"}
+    assert codes(by_day, "LEU-2") == {"E_DATE", "W_ONE_SCAN"}
+
+
+@pytest.mark.parametrize("opened", ['"LEU-2,71', 'LEU-2,"71'])
+def test_a_quote_without_an_end_stops_with_its_row_and_swallows_no_patient(site, opened):
+    with pytest.raises(CohortError, match=r"E_TABLE.*clinical\.csv row 3"):
+        site(CLINICAL.replace("LEU-2,71", opened))
+
+
+def test_empty_fields_after_the_last_and_a_line_that_names_the_separator_are_passed_over(site):
+    assert site(CLINICAL.replace("censored\n", "censored,,\n")).findings == ()
+    cohort = site("sep=;\n" + CLINICAL.replace(",", ";"), "sep=,\n" + SCANS)
+    assert codes(cohort) == {"W_COMMA"}
+    assert usable(cohort) == ["007", "LEU-2", "LEU-3"]
+
+
 def test_a_pseudonym_is_the_start_of_a_keyed_hash():
     expected = hmac.new(b"secret", b"LEU-2", hashlib.sha256).hexdigest()[:12]
     assert pseudonym(b"secret", "LEU-2") == expected
