@@ -243,7 +243,7 @@ CODES: dict[str, Explanation] = {
     "E_SYNTAX": _E("unsupported transfer syntax", "the pixels are compressed in a way this installation cannot read", "a readable transfer syntax", "install the named extra, or export uncompressed", "DATA_INVALID"),
     "E_GAP": _E("a slice is missing", "the export is incomplete", "equidistant slices", "export the series again", "DATA_INVALID"),
     "E_DUP": _E("two slices at one position", "two acquisitions were mixed", "one slice per position", "export one series only", "DATA_INVALID"),
-    "E_SPACING": _E("uneven slice spacing", "slices are missing or of several reconstructions", "spacing within 1 %", "export one reconstruction only", "DATA_INVALID"),
+    "E_SPACING": _E("uneven slice spacing", "slices are missing or of several reconstructions", "slices within 1 % of the spacing, or 0.065 mm, of even places", "export one reconstruction only", "DATA_INVALID"),
     "E_TILT": _E("tilted gantry", "the slices are sheared against their axis", "slices along their normal", "export an untilted series", "DATA_INVALID"),
     "E_MIXED": _E("mixed images in one series", "orientation, size or spacing differ", "one geometry per series", "export one series only", "DATA_INVALID"),
     "E_GEOMETRY": _E("position or orientation is missing", "the header lacks ImagePositionPatient, ImageOrientationPatient or PixelSpacing", "complete geometry tags", "export with complete headers", "DATA_INVALID"),

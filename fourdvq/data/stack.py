@@ -17,7 +17,8 @@ from fourdvq.data.parts import direction_of
 from fourdvq.data.pixels import slice_hu
 from fourdvq.errors import VolumeError
 
-SPACING_TOLERANCE = 0.01  # of the spacing
+SPACING_TOLERANCE = 0.01  # of the spacing: how far a slice may lie from its place on an even lattice
+ROUNDED_MM = 0.065  # and at least so far: positions are written with one decimal or two
 SAME_POSITION_MM = 1e-3
 MAX_TILT_DEGREES = 0.5
 MAX_FILLED_SPACING_MM = 2.0  # a gap in a thin series may be bridged
@@ -53,8 +54,7 @@ def build_stack(slices: Sequence[SliceHeader], where: str, *, fill_gap: bool, sh
         _check_one_stack(slices, normal, where)
     kept = _without_doubles(slices, normal, where)
     positions = np.array([_along(s, normal) for s in kept])
-    spacing = float(np.median(np.diff(positions))) if len(kept) > 1 else 0.0
-    stack = SliceStack(tuple(kept), normal, positions, spacing, doubled=len(slices) - len(kept))
+    stack = SliceStack(tuple(kept), normal, positions, 0.0, doubled=len(slices) - len(kept))
     stack = _with_spacing(stack, where, fill_gap=fill_gap)
     return replace(stack, drift=_drift_per_mm(stack, where, shear_tilt=shear_tilt))
 
@@ -83,23 +83,30 @@ def _without_doubles(slices: Sequence[SliceHeader], normal: np.ndarray, where: s
 
 
 def _with_spacing(stack: SliceStack, where: str, *, fill_gap: bool) -> SliceStack:
-    """Even spacing, or one isolated missing slice in a thin series, which is marked to be filled."""
+    """Even spacing, or one isolated missing slice in a thin series, which is marked to be filled.
+
+    Steps alone do not tell: rounded positions make them uneven, and many that are slightly long add up.
+    """
     if len(stack.slices) < 3:
         raise VolumeError("E_FOV", where=where, found=f"{len(stack.slices)} slices")
-    steps = np.diff(stack.positions) / stack.spacing
-    uneven = np.flatnonzero(np.abs(steps - 1.0) > SPACING_TOLERANCE)
-    if uneven.size == 0:
-        even = float(stack.positions[-1] - stack.positions[0]) / (len(stack.slices) - 1)
-        return replace(stack, spacing=even)
-    whole = np.rint(steps[uneven])
-    if (whole < 2).any() or (np.abs(steps[uneven] - whole) > SPACING_TOLERANCE * whole).any():
-        found = f"steps from {steps.min() * stack.spacing:.3f} to {steps.max() * stack.spacing:.3f} mm"
+    steps = np.diff(stack.positions)
+    single = float(steps[steps < 1.5 * np.median(steps)].mean())
+    slices = np.rint(steps / single)
+    off = _off_lattice(stack.positions, np.concatenate([[0.0], np.cumsum(slices)]))
+    if (slices < 1).any() or off > max(ROUNDED_MM, SPACING_TOLERANCE * single):
+        found = f"steps from {steps.min():.3f} to {steps.max():.3f} mm, slices up to {off:.3f} mm from an even place"
         raise VolumeError("E_SPACING", where=where, found=found)
-    missing = int((whole - 1).sum())
-    if missing > 1 or not fill_gap or stack.spacing > MAX_FILLED_SPACING_MM:
+    missing = int((slices - 1).sum())
+    if missing > 1 or (missing and (not fill_gap or single > MAX_FILLED_SPACING_MM)):
         raise VolumeError("E_GAP", where=where, found=f"{missing} missing of {len(stack.slices) + missing} slices")
-    even = float(stack.positions[-1] - stack.positions[0]) / len(stack.slices)
-    return replace(stack, spacing=even, gap=int(uneven[0]) + 1)
+    even = float(stack.positions[-1] - stack.positions[0]) / (len(stack.slices) - 1 + missing)
+    return replace(stack, spacing=even, gap=int(slices.argmax()) + 1 if missing else None)
+
+
+def _off_lattice(positions: np.ndarray, numbers: np.ndarray) -> float:
+    """How far a position lies from the line through all of them by their slice numbers, at most, in mm."""
+    line = np.polynomial.Polynomial.fit(numbers, positions, 1)
+    return float(np.abs(positions - line(numbers)).max())
 
 
 def _drift_per_mm(stack: SliceStack, where: str, *, shear_tilt: bool) -> np.ndarray | None:

@@ -114,6 +114,41 @@ def test_uneven_spacing_is_refused(volume, tmp_path):
     assert refusal(tmp_path) == "E_SPACING"
 
 
+@pytest.mark.parametrize(("spacing", "decimals"), [(0.625, 2), (0.625, 1), (2 / 3, 2), (0.75, 1), (1.25, 1), (0.45, 1)])
+def test_positions_rounded_to_two_decimals_or_one_are_even(volume, tmp_path, spacing, decimals):
+    def rounded(i, data):
+        data.ImagePositionPatient = [-80.0, -70.0, round(-200.0 + spacing * i, decimals)]
+
+    write_series(tmp_path / "whole", volume, edit=rounded)
+    found = loaded(tmp_path / "whole")
+    np.testing.assert_array_equal(found.volume.hu, volume.hu)
+    assert found.volume.spacing[0] * 23 == pytest.approx(spacing * 23, abs=0.1)
+    write_series(tmp_path / "gap", volume, edit=rounded, leave_out=[9])
+    assert loaded(tmp_path / "gap").warnings == ("W_FILLED",)
+    write_series(tmp_path / "gaps", volume, edit=rounded, leave_out=[9, 10, 17])
+    assert refusal(tmp_path / "gaps") == "E_GAP"
+
+
+@pytest.mark.parametrize("shift", [0.12, -0.12])
+def test_one_slice_away_from_its_place_is_refused(volume, tmp_path, shift):
+    def shifted(i, data):
+        data.ImagePositionPatient = [-80.0, -70.0, -200.0 + 1.5 * i + (shift if i == 5 else 0.0)]
+
+    write_series(tmp_path, volume, edit=shifted)
+    assert refusal(tmp_path) == "E_SPACING"
+
+
+def test_steps_within_one_percent_that_add_up_to_more_are_refused(tmp_path):
+    """60 steps of 1.000 mm and 60 of 1.0099 mm: slices lie up to 0.15 mm beside an even lattice."""
+    scan, _ = chest((121, 12, 12))
+
+    def stretch(i, data):
+        data.ImagePositionPatient = [-80.0, -70.0, round(i + 0.0099 * max(0, i - 60), 4)]
+
+    write_series(tmp_path, Volume(scan.hu, (1.0, 0.7, 0.7)), edit=stretch)
+    assert refusal(tmp_path) == "E_SPACING"
+
+
 def test_a_tilted_stack_is_straightened_or_refused(volume, tmp_path):
     """The shear moves slice i by 2 pixels per 8 slices along y; a straight column of the patient must come back."""
     degrees = np.degrees(np.arctan(0.25 * 0.7 / 1.5))
