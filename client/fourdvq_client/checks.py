@@ -25,6 +25,7 @@ from fourdvq.errors import (
     FourdvqError,
     explain,
 )
+from fourdvq.os_errors import from_os, place_of
 from fourdvq_client.workspace import SiteConfig, Workspace, read_site_config
 
 Status = Literal["PASS", "WARN", "FAIL"]
@@ -70,11 +71,20 @@ def run_checks(root: Path, groups: Iterable[str]) -> list[Check]:
     patient = Patient(workspace, config)
     for group in groups:
         for function in CHECKS[group]:
-            try:
-                found += function(patient)
-            except FourdvqError as error:
-                found.append(_failed(function.__name__.strip("_").replace("_", " "), error))
+            found += _outcome(function, patient)
     return found
+
+
+def _outcome(function: CheckFunction, patient: Patient) -> Iterator[Check]:
+    name = function.__name__.strip("_").replace("_", " ")
+    try:
+        yield from function(patient)
+    except FourdvqError as error:
+        yield _failed(name, error)
+    except Exception as error:  # the doctor looks at what is broken, and goes on
+        where = place_of(error, patient.workspace.root) if isinstance(error, OSError) else ""
+        told = from_os(error, where) if isinstance(error, OSError) else None
+        yield _failed(name, told or FourdvqError("E_INTERNAL", where=where, found=type(error).__name__))
 
 
 def exit_code_of(checks: Iterable[Check]) -> int:
@@ -270,7 +280,7 @@ def _network(patient: Patient) -> Iterator[Check]:
 
 
 def _failed(name: str, error: FourdvqError, exit_code: int | None = None) -> Check:
-    found = error.found or explain(error.code).title
+    found = ": ".join(filter(None, (error.where, error.found or explain(error.code).title)))
     return Check(name, "FAIL", found, error.fix, error.code, exit_code if exit_code is not None else error.exit_code)
 
 

@@ -182,7 +182,10 @@ def verify_site(
 
 
 def pseudonym_of(workspace: Workspace, named: str) -> str:
-    """The pseudonym of a patient named by pseudonym or real id. CohortError E_PATIENT with the nearest if unknown."""
+    """The pseudonym of a patient named by pseudonym or real id. CohortError E_PATIENT if unknown, with the nearest.
+
+    The nearest is named by pseudonym, also for a slip in a real id: nobody's real id is printed.
+    """
     import difflib
 
     known = real_ids(workspace)
@@ -192,7 +195,7 @@ def pseudonym_of(workspace: Workspace, named: str) -> str:
     if named in backwards:
         return backwards[named]
     close = difflib.get_close_matches(named, [*known, *backwards], n=1)
-    hint = f"did you mean {close[0]}?" if close else ""
+    hint = f"did you mean {backwards.get(close[0], close[0])}?" if close else ""
     raise CohortError("E_PATIENT", where="patient", found=named, fix=hint)
 
 

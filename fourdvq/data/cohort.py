@@ -29,6 +29,7 @@ from fourdvq.data.scan_list import (
 )
 from fourdvq.data.tables import nearest, read_source_table
 from fourdvq.errors import CohortError, ConfigError
+from fourdvq.os_errors import reading
 
 __all__ = [
     "Cohort",
@@ -79,10 +80,13 @@ def load_cohort(
 
     `columns` maps our column names to the hospital's, `values` the hospital's words to ours, per column. `today` makes
     later dates a finding; `dicom` says how series are chosen. Raises CohortError E_FILE, E_TABLE, E_COLUMN, E_FOLDER
-    and E_EMPTY, and ConfigError for a choice of series that names nothing and for a column that is none of ours.
+    and E_EMPTY, ConfigError for a choice of series that names nothing and for a column that is none of ours, and what
+    `from_os` says of a table or folder that cannot be read.
     """
-    if not scans_folder.is_dir():
-        raise CohortError("E_FOLDER", where=str(scans_folder), found="a file" if scans_folder.exists() else "nothing")
+    with reading(str(scans_folder)):
+        if not scans_folder.is_dir():
+            found = "a file" if scans_folder.exists() else "nothing"
+            raise CohortError("E_FOLDER", where=str(scans_folder), found=found)
     findings: list[Finding] = []
     _check_mapping(columns or {})
     table = read_source_table(clinical, required=CLINICAL_REQUIRED, optional=CLINICAL_OPTIONAL, columns=columns or {})

@@ -23,6 +23,7 @@ from fourdvq.data.cohort_rows import CandidateRow, DatedScan, Finding, ScanRow, 
 from fourdvq.data.dicom import FolderScan, SeriesCandidate, scan_folder
 from fourdvq.data.known_headers import KnownHeaders
 from fourdvq.data.limits import IMAGE_SUFFIXES, shown
+from fourdvq.data.reachable import is_folder, lies_there, why_unreadable
 from fourdvq.data.rough_lung import rough_lung_ml
 from fourdvq.data.tables import parse_date
 from fourdvq.errors import VolumeError
@@ -116,7 +117,7 @@ class DicomReader:
         override that names nothing.
         """
         check_overrides(self._options.overrides, [s.candidates for s in self._studies], OVERRIDES)
-        findings += [finding("E_CORRUPT", str(path), "a damaged DICOM file") for path in self._loose_damage]
+        findings += [finding(_code_of(path), str(path), "a damaged DICOM file") for path in self._loose_damage]
         findings += _identity_findings(self._studies, listed)
         result = []
         for _, mine in sorted(_by_patient(self._studies).items()):
@@ -147,12 +148,12 @@ class DicomReader:
 def mask_of(source: Path, text: str, *folders: Path) -> Path | None:
     """The mask that a table names, or the file beside the scan (or DICOM folder) with its name and _lung."""
     if text:
-        return next((f / text for f in folders if (f / text).exists()), folders[0] / text)
+        return next((f / text for f in folders if lies_there(f / text)), folders[0] / text)
     endings = sorted(IMAGE_SUFFIXES, key=len, reverse=True)
-    suffix = "" if source.is_dir() else next((e for e in endings if source.name.lower().endswith(e)), "")
+    suffix = "" if is_folder(source) else next((e for e in endings if source.name.lower().endswith(e)), "")
     stem = source.name[: len(source.name) - len(suffix)]
     beside = [source.with_name(f"{stem}_lung{ending}") for ending in endings]
-    return next((path for path in beside if path.exists()), None)
+    return next((path for path in beside if lies_there(path)), None)
 
 
 def _by_patient(studies: Iterable[_Study]) -> dict[str, list[_Study]]:
@@ -221,12 +222,18 @@ def _scan_of(study: _Study, choice: Choice, findings: list[Finding]) -> DatedSca
     if study.damaged:
         # A damaged file does not say which series it belongs to; going on without it could lose a slice.
         found = f"{len(study.damaged)} damaged files beside the scan's slices"
-        findings.append(finding("E_CORRUPT", str(study.damaged[0]), found, patient=row.patient_id, scan=row.scan_id))
+        code = _code_of(*study.damaged)
+        findings.append(finding(code, str(study.damaged[0]), found, patient=row.patient_id, scan=row.scan_id))
     files = tuple(sorted({*used.files, *study.damaged})) if study.damaged else used.files
     split = "W_SPLIT" in used.warnings
     row = replace(row, study_key=used.study_key, series_key=used.series_key, files=files, split=split)
     score = next(j.score for j in choice.judged if j.candidate is used)
     return DatedScan(row, study.where, study.date, study.days, score, used)
+
+
+def _code_of(*damaged: Path) -> str:
+    """E_READ if any of the files cannot even be opened: then it is the share or a right that wants mending."""
+    return "E_READ" if any(map(why_unreadable, damaged)) else "E_CORRUPT"
 
 
 def _candidate_rows(study: _Study, choice: Choice) -> list[CandidateRow]:

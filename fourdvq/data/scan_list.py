@@ -7,17 +7,21 @@ date is read, used once, and not kept.
 from __future__ import annotations
 
 import datetime
+import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from fourdvq.data.cohort_rows import DatedScan, Finding, ScanRow, finding
 from fourdvq.data.dicom_studies import DicomReader, mask_of
 from fourdvq.data.limits import is_image_file
+from fourdvq.data.reachable import lies_there, why_unreadable
 from fourdvq.data.tables import parse_date, parse_whole, read_source_table
 from fourdvq.data.walk import walk_files
 from fourdvq.errors import CohortError
+from fourdvq.os_errors import reading
 
 SCANS_REQUIRED = ("patient_id", "scan_id", "path")
 SCANS_OPTIONAL = ("date", "days_from_baseline", "mask")
@@ -54,7 +58,11 @@ def scans_from_table(
             result.append(DatedScan(ScanRow(patient, scan, folder, 0), where, date, days, usable=False))
             continue
         mask = mask_of(source, row.get("mask", ""), folder, path.parent)
-        if source.is_dir():
+        if why := _trouble(source, mask):
+            # The row stays, so that the patient's other scans keep their numbers; preparation waits for its files.
+            findings.append(finding("E_READ", f"{where}, column path", why, patient=patient, scan=scan))
+            result.append(DatedScan(ScanRow(patient, scan, source, 0, mask, _kind(source)), where, date, days))
+        elif source.is_dir():
             dicom.add_folder(ScanRow(patient, scan, source, 0, mask, "dicom"), where, date, days)
         else:
             result.append(DatedScan(ScanRow(patient, scan, source, 0, mask), where, date, days))
@@ -62,7 +70,12 @@ def scans_from_table(
 
 
 def scans_from_dicom(folder: Path, dicom: DicomReader, findings: list[Finding]) -> list[DatedScan]:
-    """One scan for each study below `folder`, usable or not. Raises CohortError E_FILE or E_EMPTY if there is none."""
+    """One scan for each study below `folder`, usable or not.
+
+    Raises CohortError E_FILE or E_EMPTY if there is none, and what `from_os` says of a folder that cannot be read.
+    """
+    with reading(str(folder)):
+        os.scandir(folder).close()
     found = dicom.add_studies(folder)
     if not found.candidates:
         if any(is_image_file(p) for p in walk_files(folder).files):
@@ -142,7 +155,17 @@ def _one_per_day(dated: Sequence[tuple[ScanRow, tuple[int, ...]]], findings: lis
 
 def _resolve(text: str, *folders: Path) -> Path | None:
     tries = [folder / text for folder in folders]
-    return next((path for path in tries if text and path.exists()), None)
+    return next((path for path in tries if text and lies_there(path)), None)
+
+
+def _trouble(source: Path, mask: Path | None) -> str:
+    """Why the scan or its mask cannot be opened; a mask that is not there is a matter of preparation."""
+    both = [source, mask] if mask is not None and lies_there(mask) else [source]
+    return next(filter(None, map(why_unreadable, both)), "")
+
+
+def _kind(source: Path) -> Literal["image", "dicom"]:
+    return "image" if is_image_file(source) else "dicom"
 
 
 def _skipped_text(skipped: Counter[str]) -> str:

@@ -98,7 +98,10 @@ class SourceHashes:
 
 
 def scan_inputs(cohort: Cohort, patient_id: str, hashes: SourceHashes | None = None) -> list[ScanInput]:
-    """A patient's scans in time order, numbered from 0; content hashes are taken from `hashes` if it is given."""
+    """A patient's scans in time order, numbered from 0; content hashes are taken from `hashes` if it is given.
+
+    A scan whose files cannot be read just now has none: who prepares it says so, and the others go on.
+    """
     result = []
     for index, row in enumerate(cohort.scans_of(patient_id)):
         scan = ScanInput(
@@ -112,7 +115,7 @@ def scan_inputs(cohort: Cohort, patient_id: str, hashes: SourceHashes | None = N
             files=row.files,
             split=row.split,
         )
-        result.append(replace(scan, source_sha256=_source_sha256(scan, hashes) if hashes else ""))
+        result.append(replace(scan, source_sha256=_hash_of(scan, hashes) if hashes else ""))
     return result
 
 
@@ -182,6 +185,13 @@ def _source_sha256(scan: ScanInput, hashes: SourceHashes) -> str:
     contents = hashes.of(*_sources(scan))
     # A part of a series is read by a stricter rule than the same files alone.
     return hashlib.sha256(f"{contents} split".encode()).hexdigest() if scan.split else contents
+
+
+def _hash_of(scan: ScanInput, hashes: SourceHashes) -> str:
+    try:
+        return _source_sha256(scan, hashes)
+    except OSError:
+        return ""
 
 
 def _remembered(path: Path) -> dict[str, str]:

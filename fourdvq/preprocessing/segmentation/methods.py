@@ -13,6 +13,7 @@ import numpy as np
 
 from fourdvq.data.volume import Volume
 from fourdvq.errors import ModelError
+from fourdvq.os_errors import reading
 from fourdvq.preprocessing.profile import SegmentationSpec
 from fourdvq.preprocessing.segmentation.provided import provided_mask
 from fourdvq.preprocessing.segmentation.threshold import threshold_mask
@@ -34,15 +35,19 @@ def segmenter(spec: SegmentationSpec, *, weights: Path | None = None, device: st
 
 
 def check_weights(spec: SegmentationSpec, weights: Path | None) -> None:
-    """Raise ModelError E_WEIGHTS unless the site holds the file whose sha256 the profile names, if it names one."""
+    """Raise ModelError E_WEIGHTS unless the site holds the file whose sha256 the profile names, if it names one.
+
+    Raises also what `from_os` says of a file that cannot be read.
+    """
     from fourdvq.data.files import file_sha256
 
     if spec.method not in NEED_WEIGHTS:
         return
     wanted = f"a file with sha256 {spec.weights_sha256}"
-    if weights is None or not weights.is_file():
-        raise ModelError("E_WEIGHTS", where=str(weights or "weights"), found="no file", wanted=wanted, fix=_FETCH)
-    found = file_sha256(weights)
+    with reading(str(weights or "weights")):
+        if weights is None or not weights.is_file():
+            raise ModelError("E_WEIGHTS", where=str(weights or "weights"), found="no file", wanted=wanted, fix=_FETCH)
+        found = file_sha256(weights)
     if found != spec.weights_sha256:
         raise ModelError("E_WEIGHTS", where=str(weights), found=f"sha256 {found}", wanted=wanted, fix=_FETCH)
 
