@@ -22,7 +22,8 @@ from fourdvq.preprocessing.profile import LimitsSpec
 if TYPE_CHECKING:
     from fourdvq.data.volume import Volume
 
-_PATH = re.compile(r"(?:/[^\s/]+)+")
+# To a quote, a colon or the end of the line, as spaces are part of many names; not the stroke of `Input/output error`.
+_PATH = re.compile(r"(?:<path>)?(?<!\w)/[^'\":\n]*")
 
 
 @dataclass(frozen=True)
@@ -168,11 +169,13 @@ def told(error: DataError, scan: ScanInput) -> str:
         place = f"file {names.index(error.where) + 1} of {len(names)} by name"
     elif scan.mask_path is not None and error.where == shown(scan.mask_path):
         place = "the lung mask"
-    return f"{place}: {without_paths(error.found)}"
+    return f"{place}: {without_paths(error.found, scan)}"
 
 
-def without_paths(text: str) -> str:
-    """A text in which every absolute path is blanked."""
+def without_paths(text: str, scan: ScanInput) -> str:
+    """A text in which the scan's paths, and what else looks like an absolute path, are blanked."""
+    for place in sorted(_places_of(scan), key=len, reverse=True):
+        text = text.replace(place, "<path>")
     return _PATH.sub("<path>", text)
 
 
@@ -206,6 +209,13 @@ def _remembered(path: Path) -> dict[str, str]:
 def _names_of(scan: ScanInput) -> list[str]:
     files = scan.files or (_files_in(scan.path) if scan.path.exists() else [scan.path])
     return [shown(path) for path in sorted(files)]
+
+
+def _places_of(scan: ScanInput) -> set[str]:
+    """The scan's files and the folders above them, in both spellings of a name that is no UTF-8."""
+    files = [path.absolute() for path in (scan.path, scan.mask_path, *scan.files) if path is not None]
+    places = {place for path in files for place in (path, *path.parents) if place.name}
+    return {spelling for place in places for spelling in (str(place), shown(place))}
 
 
 def _sources(scan: ScanInput) -> tuple[Path | tuple[Path, ...] | None, ...]:

@@ -207,7 +207,7 @@ class _Patient:
                 raise TemporaryStop("DISK_FULL", where=str(self.folder)) from None
             raise error
         code = "OUT_OF_MEMORY" if _is_out_of_memory(error) else "E_INTERNAL"
-        return self._failed(scan, keys, code, without_paths(f"{type(error).__name__}: {error}"))
+        return self._failed(scan, keys, code, without_paths(f"{type(error).__name__}: {error}", scan))
 
     def _unreadable(self, scan: ScanInput) -> str:
         """Why the files of a scan, or of its baseline, cannot be read just now; empty if they can."""

@@ -24,6 +24,7 @@ import SimpleITK as sitk
 from dicom_factory import write_series
 from fourdvq import console
 from fourdvq.data.volume import Volume, write_nifti
+from fourdvq.preprocessing.inputs import ScanInput, without_paths
 from fourdvq_client.cli import app
 from synthetic_lungs import chest
 
@@ -204,6 +205,27 @@ def test_what_itk_would_print_past_python_is_seen(outcome, tmp_path):
     finally:
         sitk.ProcessObject.SetGlobalWarningDisplay(False)
     assert str(mask) in (tmp_path / "printed").read_text()
+
+
+HOME = Path("/data/PACS/Jan Janssens 1950")
+SCAN = ScanInput(0, 0, HOME / "scan 1.nii", mask_path=HOME / "O'Brien: lung.nii", files=(HOME / "a b" / "1 2.dcm",))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (f"{SCAN.path} could not be read", "<path> could not be read"),
+        (f"could not read {SCAN.path}, or {SCAN.mask_path}, twice", "could not read <path>, or <path>, twice"),
+        (f"{SCAN.files[0]} in {HOME}", "<path> in <path>"),
+        (f"OSError: [Errno 5] Input/output error: '{SCAN.path}'", "OSError: [Errno 5] Input/output error: '<path>'"),
+        (f'OSError: no such file: "{SCAN.mask_path}"', 'OSError: no such file: "<path>"'),
+        (f"ITK: {HOME}/other 2.nii: cut short", "ITK: <path>: cut short"),
+        ("see '/data/Piet Peeters/3.nii' and\n/mnt/An Aerts/x y", "see '<path>' and\n<path>"),
+        ("7 of 12 slices, 3/4 of the lung, 20 mg/ml", "7 of 12 slices, 3/4 of the lung, 20 mg/ml"),
+    ],
+)
+def test_a_path_with_spaces_is_blanked_to_its_end_and_nothing_else_is(text, told):
+    assert without_paths(text, SCAN) == told
 
 
 def test_the_search_would_find_a_canary_in_every_kind_of_file(outcome, tmp_path):
