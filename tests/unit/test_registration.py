@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -11,7 +13,7 @@ from fourdvq.errors import RegistrationError
 from fourdvq.preprocessing.grid import Grid, empty_image, full_box, grid_of_size, grid_of_spacing, lung_box, resample
 from fourdvq.preprocessing.profile import RegistrationSpec
 from fourdvq.preprocessing.registration import BACKENDS, compose, field_facts, jacobian_determinant, register
-from fourdvq.preprocessing.registration.align import dice, ncc
+from fourdvq.preprocessing.registration.align import affine, centroid_shift, dice, ncc, overlap, working_pair
 from synthetic_lungs import chest
 
 SPEC = RegistrationSpec(
@@ -69,6 +71,22 @@ def test_a_smaller_and_shifted_lung_is_found_by_the_affine_step(still):
     assert error_mm(found.transform, points, truth) < 1.5
     np.testing.assert_allclose(np.array(found.matrix).reshape(3, 4)[:, :3], 0.9 * np.eye(3), atol=0.03)
     assert error_mm(found.start, points, truth) > 4.0
+
+
+def test_an_affine_step_that_makes_it_worse_is_taken_back(still):
+    """A lung full of fluid in the second scan: the step draws the other lung over it, though all lies where it lay."""
+    scan, mask = still
+    right = mask & (np.arange(SIZE[2]) < SIZE[2] // 2)
+    filled = Volume(np.where(right, 40 + (scan.hu + 850) // 4, scan.hu).astype(np.int16), scan.spacing, scan.origin)
+    spec = replace(SPEC, backend="affine")
+    found = register(scan, mask, filled, mask, spec)
+    pair = working_pair(scan, mask, filled, mask, spec)
+    tried = overlap(pair, affine(pair, centroid_shift(pair), spec))
+    assert tried.dice < found.before.dice - 0.1
+    assert tried.ncc < found.before.ncc - 0.02
+    assert not found.affine_kept
+    assert found.after == found.before
+    np.testing.assert_allclose(np.array(found.matrix).reshape(3, 4), np.eye(3, 4), atol=1e-9)
 
 
 def test_demons_find_a_known_smooth_deformation(still):
