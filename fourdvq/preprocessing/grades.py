@@ -20,6 +20,7 @@ AIR_HU_TOLERANCE = 50.0
 MAX_NOISE_HU = 100.0
 MAX_HOLE_PERCENT = 3.0  # given masks of sound lungs: 0; vessels cut out of a threshold mask: up to 2
 MAX_LEAK_PERCENT = 1.0
+MAX_PARTS = 2  # of a mask: two lungs
 EXPIRATORY_SHARE = 0.85
 MAX_FOLD_PERCENT = (0.1, 1.0)  # pass below the first, fail above the second
 NCC_ALIGNED = 0.98  # a pair that starts this well need not gain
@@ -120,6 +121,8 @@ def grade_of(codes: Sequence[str], pair: Grade = "PASS") -> Grade:
 
 def _mask_in_doubt(facts: ScanFacts) -> bool:
     if facts.hole_percent > MAX_HOLE_PERCENT or (facts.leak_percent or 0.0) > MAX_LEAK_PERCENT:
+        return True
+    if facts.components > MAX_PARTS:
         return True
     median = facts.lung_median_hu
     return median is None or not LUNG_MEDIAN_HU[0] <= median <= LUNG_MEDIAN_HU[1]

@@ -27,7 +27,7 @@ from fourdvq.preprocessing.pictures import pair_picture, scan_picture
 from fourdvq.preprocessing.profile import Profile, SegmentationSpec, require_supported
 from fourdvq.preprocessing.quality import ScanFacts, coverage_mm, pair_numbers, scan_facts
 from fourdvq.preprocessing.registration import Registration, backend_named, register_or_centre
-from fourdvq.preprocessing.segmentation import Segmenter, segmenter
+from fourdvq.preprocessing.segmentation import Segmenter, left_out, segmenter
 from fourdvq.preprocessing.stored_masks import keep_mask, load_mask
 from fourdvq.preprocessing.target import Target, follow_up_on_grid, on_target_grid
 
@@ -109,6 +109,8 @@ class Maker:
             warnings.append("W_MASK_FOV")
         self.say("segment")
         mask = self._mask(scan, loaded.volume, loaded.mask, mask_key)
+        if left_out(loaded.mask, mask):
+            warnings.append("W_MASK_STRAY")
         filled = warnings.count("W_FILLED")
         facts = scan_facts(loaded.volume, mask, thickness_mm=loaded.thickness_mm, filled_slices=filled)
         codes = scan_codes(facts, limits, method=method)

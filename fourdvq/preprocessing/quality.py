@@ -14,6 +14,7 @@ from fourdvq.preprocessing.segmentation import field_cuts, filled_body, lung_sid
 AIR_SPREAD_HU = 25.0  # median absolute deviation: 10 in a whole-body field of view, 33 to 45 in crops
 NOISE_SLICES = 16  # enough voxels for a median, in a tenth of a second
 SOFT_TISSUE_HU, SOFT_TISSUE_WIDTH_HU = 40.0, 150.0  # fat to muscle with contrast; no lung, no bone
+PART_ML = 20.0  # a smaller part is a fault of the mask's edge, or a piece of lung beside a scar
 _COARSE_MM = 2.0  # enough to judge a mask's holes and leaks
 
 
@@ -26,7 +27,7 @@ class ScanFacts:
     left_ml: float
     two_lungs: bool
     left_right: float
-    components: int
+    components: int  # parts of the mask that have PART_ML or more
     touches_edge: bool
     cut_at: tuple[str, ...]  # sides of the image at which the field of view cuts the lung
     hole_percent: float  # of the lung: enclosed by it in 3-D and not in the mask
@@ -55,7 +56,7 @@ def scan_facts(scan: Volume, mask: np.ndarray, *, thickness_mm: float, filled_sl
         left_ml=sides.left_ml,
         two_lungs=sides.two,
         left_right=sides.ratio,
-        components=int(ndimage.label(mask)[1]),
+        components=_parts(mask, scan.voxel_ml),
         touches_edge=bool(cut_at),
         cut_at=cut_at,
         hole_percent=holes,
@@ -117,6 +118,11 @@ def _air(hu: np.ndarray, body: np.ndarray) -> float | None:
         return None
     median = float(np.median(values))
     return median if float(np.median(np.abs(values - median))) <= AIR_SPREAD_HU else None
+
+
+def _parts(mask: np.ndarray, voxel_ml: float) -> int:
+    labels, _ = ndimage.label(mask)
+    return int((np.bincount(labels[mask]) * voxel_ml >= PART_ML).sum())
 
 
 def _mask_faults(mask: np.ndarray, body: np.ndarray, scan: Volume) -> tuple[float, float]:

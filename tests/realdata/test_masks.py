@@ -11,13 +11,15 @@ from scipy import ndimage
 
 from fourdvq.data.volume import Volume, read_mask, read_volume, to_image
 from fourdvq.preprocessing.grades import scan_codes
-from fourdvq.preprocessing.profile import LimitsSpec, SegmentationSpec
+from fourdvq.preprocessing.profile import LimitsSpec, Profile, ProfileName, SegmentationSpec
 from fourdvq.preprocessing.quality import scan_facts
-from fourdvq.preprocessing.segmentation import field_cuts, lung_sides, threshold_mask
+from fourdvq.preprocessing.segmentation import field_cuts, lung_sides, provided_mask, threshold_mask
+from fourdvq.preprocessing.target import on_target_grid
 
 AIRWAY = 2  # type of a label of lm-64: value = region + 256 x type
 RIGHT, LEFT = (12, 13, 14), (9, 10, 11)  # its regions: thirds of each lung
 TURNED_MM = 3.0
+PROFILE = Profile(ProfileName("test"))
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,21 @@ def on_turned_grid(scan: Volume, mask: np.ndarray, degrees: tuple[int, int, int]
     origin = middle - direction @ np.full(3, (size - 1) * TURNED_MM / 2)
     grid = ([size] * 3, sitk.Transform(), sitk.sitkLinear, origin.tolist(), [TURNED_MM] * 3, turn.GetMatrix())
     return sitk.GetArrayFromImage(sitk.Resample(image, *grid, 0.0, sitk.sitkFloat32)) >= 0.5
+
+
+def test_two_stray_voxels_on_the_table_leave_the_grid_of_a_given_mask_as_it_is(chest):
+    scan, given = chest
+    wide = [(0, 0), *[((500 - n * s) / s / 2,) * 2 for n, s in zip(given.shape[1:], scan.spacing[1:], strict=True)]]
+    around = np.array(wide).astype(int)
+    field = Volume(np.pad(scan.hu, around, constant_values=-1000), scan.spacing)
+    mask = np.pad(given, around)
+    stray = mask.copy()
+    stray[5, -4, [30, 31]] = True
+    grids = [
+        on_target_grid(field, provided_mask(field, Volume(m.astype(np.uint8), scan.spacing)), PROFILE).grid
+        for m in (mask, stray)
+    ]
+    assert grids[0] == grids[1]
 
 
 def test_the_whole_chest_is_not_cut_and_every_half_of_it_is(chest):

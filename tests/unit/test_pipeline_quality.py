@@ -94,6 +94,7 @@ def test_a_pair_is_graded_by_overlap_folding_and_gain(found, grade):
         ({"noise_hu": 120.0}, "V_NOISE"),
         ({"hole_percent": 3.1}, "V_MASK"),
         ({"leak_percent": 1.1}, "V_MASK"),
+        ({"components": 3}, "V_MASK"),
     ],
 )
 def test_each_fact_out_of_range_has_its_code(facts, change, code):
@@ -151,6 +152,16 @@ def test_a_body_that_reaches_the_edge_of_the_field_has_not_leaked(margin):
     facts = scan_facts(seen, np.ascontiguousarray(mask.hu[part] > 0), thickness_mm=1.0)
     assert facts.leak_percent == 0.0
     assert scan_codes(facts, LimitsSpec(), method="provided") == []
+
+
+def test_a_third_part_of_a_mask_is_counted_from_20_ml_on():
+    scan, mask = chest((75, 96, 96))
+    lung = mask.hu > 0
+    assert scan_facts(scan, lung, thickness_mm=1.0).components == 2
+    for edge, parts in ((6, 2), (7, 3)):  # voxels of 4 mm: 14 and 22 ml
+        third = lung.copy()
+        third[1 : 1 + edge, 44 : 44 + edge, 44 : 44 + edge] = True
+        assert scan_facts(scan, third, thickness_mm=1.0).components == parts
 
 
 def test_the_threshold_method_always_asks_for_a_look(facts):

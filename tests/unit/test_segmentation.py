@@ -15,6 +15,7 @@ from fourdvq.preprocessing.profile import SegmentationSpec
 from fourdvq.preprocessing.segmentation import (
     LungSides,
     field_cuts,
+    left_out,
     lung_sides,
     provided_mask,
     segmenter,
@@ -134,6 +135,21 @@ def test_a_provided_mask_must_be_there_and_on_the_scans_grid(scan_and_truth):
     for wrong in (None, replace(given, origin=(0.0, 0.0, 0.0))):
         with pytest.raises(VolumeError, match="E_MASK"):
             provided_mask(scan, wrong)
+
+
+def test_stray_voxels_are_left_out_of_a_provided_mask_and_pieces_of_lung_are_kept(scan_and_truth):
+    scan, truth = scan_and_truth
+    piece, stray = np.zeros_like(truth), np.zeros_like(truth)
+    piece[38:42, 46:50, 46:50] = True  # between the lungs
+    stray[2, 90, [5, 6]] = True
+    truth = truth & ~ndimage.binary_dilation(piece, iterations=3)
+    given = Volume((truth | piece | stray).astype(np.uint8), scan.spacing, scan.origin)
+    found = provided_mask(scan, given)
+    np.testing.assert_array_equal(found, truth | piece)
+    assert left_out(given, found)
+    assert not left_out(replace(given, hu=found.astype(np.uint8)), found)
+    none = replace(given, hu=np.zeros_like(given.hu))
+    assert not provided_mask(scan, none).any()
 
 
 def test_the_profiles_threshold_is_the_one_that_is_used(scan_and_truth):

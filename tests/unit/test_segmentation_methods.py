@@ -13,7 +13,7 @@ from client_calls import call
 from fourdvq.data.datasets import open_prepared
 from fourdvq.data.prepared import write_splits
 from fourdvq.data.review import approve
-from fourdvq.data.volume import Volume, write_nifti
+from fourdvq.data.volume import Volume, read_mask, write_nifti
 from fourdvq.errors import CohortError
 from fourdvq.preprocessing.pipeline import PatientResult, ScanInput, prepare_patient, write_manifest
 from fourdvq.preprocessing.profile import Profile, SegmentationSpec, load_profile
@@ -59,6 +59,19 @@ def test_all_three_methods_find_the_lungs_and_none_takes_over_the_scans_of_anoth
         assert ("V_MASK" in first.codes) == (method == "threshold")
         (again,) = prepared(source, tmp_path, profile).scans
         assert again.reused
+
+
+def test_stray_voxels_of_a_given_mask_are_told_of_and_do_not_widen_the_grid(source, tmp_path):
+    profile, made = profile_of("provided", source), {}
+    given = read_mask(source / "scan_lung.nii.gz")
+    for name, more in (("clean", False), ("stray", True)):
+        hu = given.hu.copy()
+        hu[0, -1, :2] |= more
+        write_nifti(replace(given, hu=hu), tmp_path / f"{name}.nii.gz")
+        scan = ScanInput(0, 0, source / "scan.nii.gz", tmp_path / f"{name}.nii.gz")
+        (made[name],) = prepare_patient([scan], profile, tmp_path / name, pseudonym=NAMES[0]).scans
+    assert ("W_MASK_STRAY" in made["clean"].codes, "W_MASK_STRAY" in made["stray"].codes) == (False, True)
+    assert made["clean"].content_sha256 == made["stray"].content_sha256
 
 
 def test_another_threshold_or_a_coarser_step_is_another_preparation(source, tmp_path):

@@ -8,7 +8,7 @@ on the scan's own grid, which is oriented to LPS.
 from fourdvq.preprocessing.segmentation.body import filled_body
 from fourdvq.preprocessing.segmentation.field_of_view import field_cuts
 from fourdvq.preprocessing.segmentation.methods import NEED_WEIGHTS, SEGMENTERS, Segmenter, check_weights, segmenter
-from fourdvq.preprocessing.segmentation.provided import provided_mask
+from fourdvq.preprocessing.segmentation.provided import left_out, provided_mask
 from fourdvq.preprocessing.segmentation.sides import LungSides, lung_sides
 from fourdvq.preprocessing.segmentation.threshold import threshold_mask
 
@@ -20,6 +20,7 @@ __all__ = [
     "check_weights",
     "field_cuts",
     "filled_body",
+    "left_out",
     "lung_sides",
     "provided_mask",
     "segmenter",
