@@ -22,19 +22,17 @@ from fourdvq.data.limits import ARCHIVE_SUFFIXES
 from fourdvq.data.parts import (
     FRAGMENT_SLICES,
     by_person_and_day,
-    direction_of,
     has_common_frame,
     part_key,
     parts_of,
     places_of,
 )
+from fourdvq.data.strays import with_strays
 from fourdvq.data.walk import walk_files
 from fourdvq.errors import VolumeError
 
 __all__ = ["FolderScan", "SeriesCandidate", "SliceHeader", "find_series", "group_slices", "scan_files", "scan_folder"]
 
-_LATTICE_TOLERANCE = 0.02  # of the spacing
-_SIDEWAYS_MM = 0.5
 _Read = Callable[[], tuple[SliceHeader, ...]]
 
 
@@ -42,8 +40,7 @@ _Read = Callable[[], tuple[SliceHeader, ...]]
 class SeriesCandidate:
     """Images that form one volume, as far as headers tell; `warnings` are W_ codes.
 
-    `strays` are images of its folders that are not part of it although they lie where one of its slices is missing, or
-    do not say where they lie.
+    `strays` are images of its folders that may be slices of it although they are not part of it by their headers.
     """
 
     slices: tuple[SliceHeader, ...]
@@ -95,9 +92,9 @@ class SeriesCandidate:
     @cached_property
     def coverage_mm(self) -> float:
         """Extent along the slice normal, outer edges included; 0 where geometry is missing."""
-        places = _places(self)
-        if places is None:
+        if not self.has_geometry:
             return 0.0
+        places = np.sort(places_of(self.slices))
         return float(places[-1] - places[0]) * len(places) / max(1, len(places) - 1)
 
 
@@ -178,51 +175,7 @@ def _scan(
             unreadable.append(path)
         if progress is not None:
             progress(done, len(files))
-    return FolderScan(tuple(_with_strays(group_slices(kept), aside)), skipped, tuple(unreadable))
-
-
-def _with_strays(candidates: list[SeriesCandidate], aside: list[SliceHeader]) -> list[SeriesCandidate]:
-    """Each candidate with the images of its folders that lie where it lacks a slice, or anywhere."""
-    loose: dict[Path, list[SliceHeader]] = {}
-    small = [s for c in candidates if len(c.slices) <= FRAGMENT_SLICES for s in c.slices]
-    for s in [*small, *(s for s in aside if s.position is not None or s.sop_class in CT_CLASSES)]:
-        loose.setdefault(s.path.parent, []).append(s)
-    if not loose:
-        return candidates
-    return [replace(c, strays=_strays_of(c, loose)) if len(c.slices) > FRAGMENT_SLICES else c for c in candidates]
-
-
-def _strays_of(candidate: SeriesCandidate, loose: dict[Path, list[SliceHeader]]) -> tuple[SliceHeader, ...]:
-    near = [s for folder in candidate.folders for s in loose.get(folder, [])]
-    places = _places(candidate) if near else None
-    if places is None:
-        return ()
-    normal = direction_of(candidate.first)
-    first = np.array(min(candidate.slices, key=lambda s: float(np.array(s.position) @ normal)).position)
-    last = np.array(max(candidate.slices, key=lambda s: float(np.array(s.position) @ normal)).position)
-    spacing = float(np.median(np.diff(places)))
-    line = (last - first) / max(float(places[-1] - places[0]), 1e-6)
-    found = []
-    for s in near:
-        if s.position is None:
-            found.append(s)
-            continue
-        offset = np.array(s.position) - first
-        along = float(offset @ normal)
-        step = along / max(spacing, 1e-6)
-        beside = -1.1 < step < (places[-1] - places[0]) / max(spacing, 1e-6) + 1.1
-        free = float(np.abs(places - places[0] - along).min()) > _LATTICE_TOLERANCE * spacing
-        in_line = float(np.linalg.norm(offset - along * line)) <= _SIDEWAYS_MM
-        if beside and free and in_line and abs(step - round(step)) <= _LATTICE_TOLERANCE * max(1.0, abs(step)):
-            found.append(s)
-    return tuple(found)
-
-
-def _places(candidate: SeriesCandidate) -> np.ndarray | None:
-    """Positions along the normal in rising order, or None without geometry."""
-    if not candidate.has_geometry:
-        return None
-    return np.sort(places_of(candidate.slices))
+    return FolderScan(tuple(with_strays(group_slices(kept), aside)), skipped, tuple(unreadable))
 
 
 def _sort_out(path: Path, read: _Read, kept: list[SliceHeader], aside: list[SliceHeader]) -> str:
@@ -239,7 +192,8 @@ def _sort_out(path: Path, read: _Read, kept: list[SliceHeader], aside: list[Slic
         return "other"
     head = headers[0]
     derived = _is_derived(head.image_type, head.sop_class)
-    reason = "E_NOTCT" if head.modality != "CT" else "E_DERIVED" if derived else ""
+    is_image = head.rows > 0 or head.sop_class in CT_CLASSES  # raw data of a CT scanner is none
+    reason = "E_NOTCT" if head.modality != "CT" or not is_image else "E_DERIVED" if derived else ""
     (aside if reason else kept).extend(headers)
     return reason
 

@@ -22,6 +22,11 @@ from fourdvq.errors import VolumeError
 
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 CT_CLASSES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1")  # CT image, enhanced CT image
+# A directory of files, a hanging protocol, a colour palette, raw data, presentation states: whole without a modality.
+_NO_IMAGES = tuple(
+    "1.2.840.10008." + tail
+    for tail in ("1.3.10", "5.1.4.38.1", "5.1.4.39.1", "5.1.4.1.1.66", "5.1.4.1.1.11.1", "5.1.4.1.1.11.2")
+)
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 MAX_INFLATED = 1 << 26  # of a deflated file: a CT slice is 0.5 MB, a multi-frame file is not stored this way
 _PIXEL_DATA = b"\xe0\x7f\x10\x00"
@@ -118,7 +123,7 @@ def read_headers(path: Path) -> tuple[SliceHeader, ...]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # pydicom's warnings quote header values
                 headers = _read(path, stream, kind)
-            if headers:
+            if headers is not None:
                 return headers
             found = "a header that ends early"
         except VolumeError:
@@ -149,7 +154,8 @@ def _starts_data_set(head: bytes) -> bool:
     return explicit or struct.unpack_from("<I", head, 4)[0] < 1024
 
 
-def _read(path: Path, stream: BinaryIO, kind: str) -> tuple[SliceHeader, ...]:
+def _read(path: Path, stream: BinaryIO, kind: str) -> tuple[SliceHeader, ...] | None:
+    """None for a header that lacks what every image has; nothing for a whole file of another kind, as a directory."""
     if kind == "damaged":
         raise VolumeError("E_CORRUPT", where=shown(path), found="a damaged preamble")
     stream.seek(0)
@@ -157,7 +163,8 @@ def _read(path: Path, stream: BinaryIO, kind: str) -> tuple[SliceHeader, ...]:
         _refuse_endless(path, stream)
     data = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=_TAGS, force=kind == "bare")
     if not (data.get("SOPClassUID") and data.get("Modality")):
-        return ()
+        kind_of_file = getattr(data.file_meta, "MediaStorageSOPClassUID", None)
+        return () if kind_of_file in _NO_IMAGES else None
     header = _header(path, data)
     if header.transfer_syntax != DeflatedExplicitVRLittleEndian:
         at, length = _pixel_value(stream, implicit=bool(data.original_encoding[0]))

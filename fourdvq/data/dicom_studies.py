@@ -24,6 +24,7 @@ from fourdvq.data.dicom import FolderScan, SeriesCandidate, scan_folder
 from fourdvq.data.known_headers import KnownHeaders
 from fourdvq.data.limits import IMAGE_SUFFIXES, shown
 from fourdvq.data.reachable import is_folder, lies_there, why_unreadable
+from fourdvq.data.remains import DamagedFile, damage_by_study, remains_of
 from fourdvq.data.rough_lung import rough_lung_ml
 from fourdvq.data.tables import parse_date
 from fourdvq.errors import VolumeError
@@ -57,7 +58,7 @@ class _Study:
     date: datetime.date | None
     days: int | None
     candidates: tuple[SeriesCandidate, ...]
-    damaged: tuple[Path, ...] = ()
+    damaged: tuple[DamagedFile, ...] = ()
     error: VolumeError | None = None
     declared: bool = False
 
@@ -85,7 +86,9 @@ class DicomReader:
             error = nothing_found(found, row.path)
         elif not candidates:
             error = _other_day(found.candidates, row.path)
-        study = _Study(row, where, date, days, candidates, found.unreadable, error, declared=True)
+        others = {c.first.study for c in found.candidates} - {c.first.study for c in candidates}
+        damaged = tuple(d for d in map(remains_of, found.unreadable) if d.study not in others)
+        study = _Study(row, where, date, days, candidates, damaged, error, declared=True)
         self._studies.append(study)
 
     def add_studies(self, folder: Path) -> FolderScan:
@@ -95,18 +98,17 @@ class DicomReader:
         for candidate in found.candidates:
             by_study.setdefault((_patient_of(candidate), candidate.first.study), []).append(candidate)
         numbered: Counter[str] = Counter()
-        claimed: set[Path] = set()
+        damaged = damage_by_study(found.unreadable, {key: _folders_of(cs) for key, cs in by_study.items()})
         in_time = sorted(by_study.items(), key=lambda item: (item[0][0], _days_of(item[1])[:1], item[0][1]))
-        for (patient, _), candidates in in_time:
+        for (patient, uid), candidates in in_time:
             numbered[patient] += 1
             date = next(iter(_days_of(candidates)), None)
             where = f"DICOM study of {date or 'no date'} of patient {patient!r}"
-            folders = {folder for c in candidates for folder in c.folders}
-            place = _common_folder(folders)
-            damaged = tuple(p for p in found.unreadable if p.parent in folders)
-            claimed.update(damaged)
+            place = _common_folder(_folders_of(candidates))
             row = ScanRow(patient, f"study-{numbered[patient]}", place, 0, mask_of(place, ""), "dicom")
-            self._studies.append(_Study(row, where, date, None, tuple(candidates), damaged))
+            files = tuple(damaged.get((patient, uid), ()))
+            self._studies.append(_Study(row, where, date, None, tuple(candidates), files))
+        claimed = {d.path for some in damaged.values() for d in some}
         self._loose_damage += [p for p in found.unreadable if p not in claimed]
         return found
 
@@ -117,7 +119,8 @@ class DicomReader:
         override that names nothing.
         """
         check_overrides(self._options.overrides, [s.candidates for s in self._studies], OVERRIDES)
-        findings += [finding(_code_of(path), str(path), "a damaged DICOM file") for path in self._loose_damage]
+        nobodys = "a damaged DICOM file that does not say whose it is"
+        findings += [finding(_code_of(path), str(path), nobodys) for path in self._loose_damage]
         findings += _identity_findings(self._studies, listed)
         result = []
         for _, mine in sorted(_by_patient(self._studies).items()):
@@ -161,6 +164,10 @@ def _by_patient(studies: Iterable[_Study]) -> dict[str, list[_Study]]:
     for study in studies:
         result.setdefault(study.row.patient_id, []).append(study)
     return result
+
+
+def _folders_of(candidates: Iterable[SeriesCandidate]) -> frozenset[Path]:
+    return frozenset(folder for c in candidates for folder in c.folders)
 
 
 def _day_of(candidate: SeriesCandidate) -> datetime.date | None:
@@ -219,12 +226,13 @@ def _scan_of(study: _Study, choice: Choice, findings: list[Finding]) -> DatedSca
         found = "an image that lies where the scan lacks a slice, but does not belong to it by its header"
         where = str(used.strays[0].path)
         findings.append(finding("E_MIXED", where, found, patient=row.patient_id, scan=row.scan_id))
-    if study.damaged:
-        # A damaged file does not say which series it belongs to; going on without it could lose a slice.
-        found = f"{len(study.damaged)} damaged files beside the scan's slices"
-        code = _code_of(*study.damaged)
-        findings.append(finding(code, str(study.damaged[0]), found, patient=row.patient_id, scan=row.scan_id))
-    files = tuple(sorted({*used.files, *study.damaged})) if study.damaged else used.files
+    # Unless a damaged file says that it is of another series, going on without it could lose a slice.
+    others = {j.candidate.first.series for j in choice.judged} - {used.first.series}
+    damaged = [d.path for d in study.damaged if d.series not in others]
+    if damaged:
+        found, code = f"{len(damaged)} damaged files beside the scan's slices", _code_of(*damaged)
+        findings.append(finding(code, str(damaged[0]), found, patient=row.patient_id, scan=row.scan_id))
+    files = tuple(sorted({*used.files, *damaged})) if damaged else used.files
     split = "W_SPLIT" in used.warnings
     row = replace(row, study_key=used.study_key, series_key=used.series_key, files=files, split=split)
     score = next(j.score for j in choice.judged if j.candidate is used)

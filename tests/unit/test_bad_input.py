@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from pydicom.uid import JPEG2000Lossless
+from pydicom.uid import JPEG2000Lossless, MediaStorageDirectoryStorage
 
 from dicom_factory import CANARY_ID, compress, rewrite, write_enhanced, write_series
 from fourdvq.data.burnt_text import has_burnt_text
@@ -113,11 +113,15 @@ def test_a_code_stream_that_announces_another_size_is_refused_before_it_is_decod
     assert "60000 x 60000" in error.found
 
 
+def without_preamble_mark(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[129] = 0
+    path.write_bytes(raw)
+
+
 def test_a_damaged_preamble_is_a_damaged_file_and_not_something_else(volume, tmp_path):
     files = write_series(tmp_path, volume)
-    raw = bytearray(files[0].read_bytes())
-    raw[129] = 0
-    files[0].write_bytes(raw)
+    without_preamble_mark(files[0])
     assert scan_folder(tmp_path).unreadable == (files[0],)
     assert refused(tmp_path).code == "E_CORRUPT"
 
@@ -404,6 +408,100 @@ def test_a_damaged_slice_beside_a_scan_is_a_finding_and_goes_on_to_be_refused(vo
     assert files[4] in scan.files
     with pytest.raises(VolumeError, match="E_CORRUPT"):
         best_series(scan.path, series_key=scan.series_key, files=scan.files)
+
+
+def flat_folder(folder: Path, volume: Volume) -> dict[str, list[Path]]:
+    """Three patients in one folder, as a receiver of DICOM writes them."""
+    return {
+        p: write_series(folder / "ct", other(volume, k), prefix=p, patient_id=p, study=p, series=f"{p}s")
+        for k, p in enumerate(("P1", "P2", "P3"))
+    }
+
+
+def blocked(folder: Path) -> set[str]:
+    """Patients of `folder` whose scan is a finding or refused at preparation."""
+    cohort = cohort_of(folder, "P1", "P2", "P3")
+    refused = {f.patient_id for f in cohort.findings if f.code in ("E_MIXED", "E_CORRUPT")}
+    for patient in ("P1", "P2", "P3"):
+        for scan in scan_inputs(cohort, patient):
+            try:
+                load_input(scan, LimitsSpec(), with_mask=False)
+            except VolumeError:
+                refused.add(patient)
+    return refused
+
+
+def test_a_screen_save_or_raw_data_refuses_nobody_beside_it(volume, tmp_path):
+    def screen(i, data):
+        data.ImageType = ["DERIVED", "SECONDARY", "SCREEN SAVE"]
+        del data.ImagePositionPatient, data.ImageOrientationPatient
+
+    def raw(i, data):
+        data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.66"
+        for name in ("ImageType", "ImagePositionPatient", "ImageOrientationPatient", "PixelData", "Rows", "Columns"):
+            delattr(data, name)
+
+    flat_folder(tmp_path, volume)
+    for name, edit in (("screen", screen), ("raw", raw)):
+        for study in ("P1", "other"):
+            write_series(tmp_path / "ct", volume, edit=edit, leave_out=range(1, 16), prefix=f"{name}{study}",
+                         patient_id="P1", study=study, series=name)  # fmt: skip
+    assert blocked(tmp_path) == set()
+
+
+def test_a_projection_over_the_same_places_is_no_missing_slice(volume, tmp_path):
+    def projection(i, data):
+        data.ImageType = ["DERIVED", "SECONDARY", "AXIAL", "CT_SOM5 MIP"]
+
+    shorter = Volume(volume.hu[:12], volume.spacing, volume.origin)
+    write_series(tmp_path, shorter, series="native")
+    write_series(tmp_path, volume, series="mip", prefix="mip", edit=projection)
+    np.testing.assert_array_equal(loaded(tmp_path).volume.hu, shorter.hu)
+
+
+def test_a_damaged_file_is_of_the_patient_whose_uid_it_still_holds(volume, tmp_path):
+    without_preamble_mark(flat_folder(tmp_path, volume)["P2"][3])
+    assert blocked(tmp_path) == {"P2"}
+
+
+def test_a_damaged_file_of_nobody_is_a_finding_and_blocks_none_of_the_patients_in_its_folder(volume, tmp_path):
+    path = flat_folder(tmp_path, volume)["P2"][3]
+    path.write_bytes(path.read_bytes()[:300])
+    assert ("E_CORRUPT", "") in found(cohort_of(tmp_path, "P1", "P2", "P3"))
+    assert blocked(tmp_path) == {""}
+
+
+def test_a_damaged_file_of_another_series_leaves_the_chosen_one_alone(volume, tmp_path):
+    write_series(tmp_path / "ct", volume, patient_id="P1", series="soft")
+    files = write_series(
+        tmp_path / "ct", volume, patient_id="P1", series="sharp", prefix="s", leave_out=[15],
+        edit=lambda i, d: setattr(d, "ConvolutionKernel", "B70f"),
+    )  # fmt: skip
+    without_preamble_mark(files[3])
+    assert blocked(tmp_path) == set()
+
+
+def test_a_directory_file_of_a_burnt_disc_is_no_damaged_image(volume, tmp_path):
+    def directory(data):
+        for element in list(data):
+            del data[element.tag]
+        data.FileSetID, data.DirectoryRecordSequence = "DISC", []
+        data.file_meta.MediaStorageSOPClassUID = MediaStorageDirectoryStorage
+
+    write_series(tmp_path / "ct", volume, patient_id="P1")
+    (extra,) = write_series(tmp_path, volume, leave_out=range(1, 16))
+    rewrite(extra, directory)
+    extra.rename(tmp_path / "ct" / "DICOMDIR;1")
+    assert scan_folder(tmp_path / "ct").skipped == {"other": 1}
+    assert blocked(tmp_path) == set()
+
+
+def test_a_slice_that_lost_its_study_or_series_is_missed_also_among_other_patients(volume, tmp_path):
+    for name, value in (("StudyInstanceUID", "1.2.3"), ("SeriesInstanceUID", "1.2.3"), ("StudyInstanceUID", "")):
+        folder = tmp_path / f"{name}{value}"
+        path = flat_folder(folder, volume)["P2"][3]
+        rewrite(path, lambda d, n=name, v=value: setattr(d, n, v))
+        assert "P2" in blocked(folder)
 
 
 @pytest.mark.parametrize(
