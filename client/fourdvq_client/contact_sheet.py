@@ -52,19 +52,21 @@ def _page(prep: Path, rows: Sequence[Row], css: str, script: str, fingerprint: s
     )  # fmt: skip
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="{_MARK}" content="{fingerprint}">
+<meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="{_NO_NETWORK}">
 <title>Contact sheet, {len(rows)} scans</title><style>
 {css}</style></head>
 <body><header><h1>Contact sheet</h1>
 <p>{len(rows)} scans: {summary or "none"}; {waiting} wait for a decision.
 Baseline blue, follow-up yellow: aligned tissue is grey. The patient's right is on the left.</p>
-<p class="keys"><kbd>j</kbd> <kbd>k</kbd> next and previous scan, <kbd>a</kbd> mark to approve, <kbd>r</kbd> to reject,
-<kbd>u</kbd> unmark, <kbd>/</kbd> search. Click a column's name to sort.</p>
+<p class="keys"><span><kbd>j</kbd> <kbd>k</kbd> next and previous scan,</span>
+<span><kbd>a</kbd> mark to approve,</span> <span><kbd>r</kbd> to reject,</span> <span><kbd>u</kbd> unmark,</span>
+<span><kbd>/</kbd> search, <kbd>Enter</kbd> to what was found.</span> Click a column's name to sort.</p>
 {_form(rows)}</header>
 <main><table><thead><tr>{headers}</tr></thead>
 {scans}
 </table></main>
-<footer><div><span>Run this:</span><code id="command"></code>
+<footer><div><span>Run in the site's folder:</span><code id="command"></code>
 <button type="button" id="copy">Copy</button></div></footer>
 <script>
 {script}</script></body></html>
@@ -129,7 +131,7 @@ def _decision(row: Row) -> str:
 
 
 def _number(value: object, digits: int) -> str:
-    return "" if value in (None, "") else f"{float(str(value)):.{digits}f}"
+    return "" if value in (None, "") else f"{float(str(value)):z.{digits}f}"
 
 
 def _class(column: str) -> str:

@@ -170,7 +170,7 @@ def verify_site(
     """
     prep = workspace.prep
     mine = sorted(p.name for p in prep.glob("*") if p.is_dir() and not p.name.startswith(".") and shard.has(p.name))
-    scans = sum(p.name.isdigit() for name in mine for p in (prep / name).iterdir())
+    scans = sum(1 for name in mine for _ in (prep / name).glob("*/step.json"))  # without one it is yet to be made
     damaged: list[DamagedScan] = []
     for done, found in enumerate(verify(prep, mine), start=1):
         damaged += found

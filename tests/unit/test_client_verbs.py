@@ -223,6 +223,20 @@ def test_the_contact_sheet_is_one_file_without_links_to_anywhere(root):
     assert not [i for i in PATIENTS if i in page]
 
 
+def test_a_volume_that_hardly_changed_is_shown_as_no_change_and_not_as_minus_zero(root):
+    name = pseudonym_of(open_workspace(root)[0], PATIENTS[0])
+    path = root / "prep" / name / "1" / "qc.json"
+    numbers = json.loads(path.read_text())
+    numbers["pair"]["volume_change_percent"] = -0.3
+    path.write_text(json.dumps(numbers))
+    sheet = root / "prep" / "contact_sheet.html"
+    sheet.unlink()
+    call(root, "qc", "open")
+    row = next(line for line in sheet.read_text().splitlines() if f'data-name="{name}/1"' in line)
+    assert "<td>0</td>" in row
+    assert "<td>-0</td>" not in row
+
+
 # --- plans -------------------------------------------------------------------------------------------------------
 
 

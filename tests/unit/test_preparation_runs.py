@@ -431,7 +431,8 @@ def test_a_scan_to_be_made_again_is_told_from_a_damaged_and_a_refused_one_and_no
         return str(error["found"])
 
     assert refusal(1) == f"{name}/1 is to be made again"
-    assert call(root, "preprocess", "--verify")[0] == 3
+    code, found, _ = call(root, "preprocess", "--verify")
+    assert (code, found["scans"], [d["scan"] for d in found["damaged"]]) == (3, 17, [f"{name}/2"])
     assert refusal(1) == f"{name}/1 is to be made again"
     assert refusal(2) == f"{name}/2 is damaged"
     path = input_of(root, name, 1)

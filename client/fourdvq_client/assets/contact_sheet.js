@@ -5,6 +5,7 @@ const scans = Array.from(document.querySelectorAll("tbody"));
 const form = document.querySelector("form");
 const command = document.querySelector("#command");
 const count = document.querySelector("#count");
+const gravity = Array.from(form.elements.grade, (box) => box.value);
 
 function visible() { return Array.from(table.tBodies).filter((scan) => !scan.hidden); }
 
@@ -33,10 +34,12 @@ function sort(header) {
   const number = !header.classList.contains("word");
   const key = (scan) => {
     const text = scan.rows[0].cells[column].textContent.trim();
+    if (header.textContent === "grade") return gravity.indexOf(scan.dataset.grade);
     return number ? Number(text) : text;
   };
   const empty = (scan) => scan.rows[0].cells[column].textContent.trim() === "";
-  const order = (a, b) => (a < b ? -1 : a > b ? 1 : 0) * (down ? -1 : 1);
+  const compare = (a, b) => (typeof a === "number" ? a - b : a.localeCompare(b, "en", { numeric: true }));
+  const order = (a, b) => compare(a, b) * (down ? -1 : 1);
   const sorted = scans.map((scan) => [empty(scan), key(scan), scan])
     .sort((a, b) => a[0] - b[0] || order(a[1], b[1]));  // what has no value comes last either way
   table.append(...sorted.map((row) => row[2]));
@@ -64,7 +67,7 @@ function move(step) {
 }
 
 form.addEventListener("input", filter);
-form.addEventListener("submit", (event) => event.preventDefault());
+form.addEventListener("submit", (event) => { event.preventDefault(); move(1); });
 for (const header of table.tHead.rows[0].cells) {
   header.querySelector("button").addEventListener("click", () => sort(header));
 }
@@ -76,7 +79,7 @@ document.querySelector("#copy").addEventListener("click", () => {
   document.execCommand("copy");
 });
 document.addEventListener("keydown", (event) => {
-  if (event.target.matches("input, select") || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.target.matches("input[type=search], select") || event.ctrlKey || event.metaKey || event.altKey) return;
   const scan = document.activeElement.closest("tbody");
   const keys = {
     j: () => move(1), k: () => move(-1), a: () => mark(scan, "approve"), r: () => mark(scan, "reject"),
