@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fourdvq.data.cohort import Cohort, Finding, load_cohort, pseudonyms
@@ -252,7 +253,7 @@ def _jobs(
             _save(workspace, hashes.save)
             if on_step is not None:
                 on_step(f"hashed the files of {len(jobs)} of {len(mine)} patients")
-    _save(workspace, hashes.save)
+    _save(workspace, partial(hashes.save, all_met=request.shard.whole))
     return jobs
 
 

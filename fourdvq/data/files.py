@@ -1,4 +1,4 @@
-"""Files that are complete or absent: a temporary name beside the target, fsync, then one rename. Hashes, CSV."""
+"""Files that are complete or absent: a temporary name beside the target, fsync, then one rename. Hashes, CSV, JSON."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import contextlib
 import csv
 import hashlib
 import io
+import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -40,12 +42,9 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def content_sha256(path: Path) -> str:
-    """Hex sha256 of a file, or of a folder's file contents; names are left out, because they may hold identifiers."""
-    if path.is_file():
-        return file_sha256(path)
-    parts = sorted(file_sha256(child) for child in path.rglob("*") if child.is_file())
-    return hashlib.sha256("".join(parts).encode()).hexdigest()
+def contents_sha256(files: Iterable[Path]) -> str:
+    """Hex sha256 of what files hold, in any order; names are left out, because they may hold identifiers."""
+    return hashlib.sha256("".join(sorted(map(file_sha256, files))).encode()).hexdigest()
 
 
 def _fsync(path: Path) -> None:
@@ -63,3 +62,8 @@ def csv_bytes(columns: Sequence[str], rows: Iterable[Iterable[object]], errors: 
     writer.writerow(columns)
     writer.writerows(rows)
     return text.getvalue().encode("utf-8", errors)
+
+
+def json_bytes(value: Any) -> bytes:
+    """Readable JSON as this package writes it, sorted; NaN is an error."""
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fourdvq.data.cohort import Cohort
-from fourdvq.data.files import content_sha256, file_sha256, write_atomic
+from fourdvq.data.files import contents_sha256, file_sha256, write_atomic
 from fourdvq.data.limits import ReaderLimits, shown
 from fourdvq.data.metaimage import files_of
 from fourdvq.data.technical import TechnicalTags
@@ -57,16 +57,17 @@ class LoadedScan:
 
 
 class SourceHashes:
-    """Content hashes of source files, remembered by path, size and time of change.
+    """Content hashes of source files, remembered by path, size and times of change.
 
-    A cohort of 700 scans is 100 GB: it is hashed once, and a later run looks at sizes and times only. The file that
-    remembers them holds hashes and no names.
+    A cohort of 700 scans is 100 GB: it is hashed once, and a later run looks at sizes and times only. Of the times one
+    is the system's own: a copy can bring the other along. The file that remembers them holds hashes and no names.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self.new = 0  # files hashed since the last save
         self._path = path
         self._known = _remembered(path) if path is not None else {}
+        self._met: set[str] = set()
 
     def of(self, *paths: Path | tuple[Path, ...] | None) -> str:
         """One hash for the contents of all paths (None is skipped); a tuple of files is remembered as one."""
@@ -75,26 +76,31 @@ class SourceHashes:
             files = path if isinstance(path, tuple) else _files_in(path)
             look = self._look(files)
             if look not in self._known:
-                self._known[look] = content_sha256(path) if isinstance(path, Path) else _contents_sha256(path)
+                self._known[look] = _sha256_of(path, files)
                 self.new += 1
+            self._met.add(look)
             parts.append(self._known[look])
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
-    def save(self) -> None:
-        """Write what is known to the file given at the start, if there is one and something is new.
+    def save(self, *, all_met: bool = False) -> None:
+        """Write what is known to the file given at the start, if there is one and something has changed.
 
-        What another run has added meanwhile is kept; whoever calls makes sure that nobody else writes just now.
+        What another run has added meanwhile is kept; whoever calls makes sure that nobody else writes just now. With
+        `all_met`, after a run over all there is, what was not asked for is forgotten.
         """
-        if self._path is None or not self.new:
+        gone = all_met and len(self._met) < len(self._known)
+        if self._path is None or not (self.new or gone):
             return
-        write_atomic(self._path, json.dumps(_remembered(self._path) | self._known, sort_keys=True).encode())
+        known = _remembered(self._path) | self._known
+        kept = {look: known[look] for look in self._met} if all_met else known
+        write_atomic(self._path, json.dumps(kept, sort_keys=True).encode())
         self.new = 0
 
     @staticmethod
     def _look(files: Sequence[Path]) -> str:
         places = [str(path.absolute()) for path in files]
         states = [os.stat(place) for place in places]  # noqa: PTH116 (a path's own stat takes twice as long)
-        seen = [(place, s.st_size, s.st_mtime_ns) for place, s in zip(places, states, strict=True)]
+        seen = [(place, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for place, s in zip(places, states, strict=True)]
         return hashlib.sha256(repr(seen).encode()).hexdigest()
 
 
@@ -206,6 +212,10 @@ def _remembered(path: Path) -> dict[str, str]:
     return {str(k): str(v) for k, v in stored.items()} if isinstance(stored, dict) else {}
 
 
+def _sha256_of(path: Path | tuple[Path, ...], files: Sequence[Path]) -> str:
+    return file_sha256(path) if isinstance(path, Path) and path.is_file() else contents_sha256(files)
+
+
 def _names_of(scan: ScanInput) -> list[str]:
     files = scan.files or (_files_in(scan.path) if scan.path.exists() else [scan.path])
     return [shown(path) for path in sorted(files)]
@@ -226,8 +236,3 @@ def _sources(scan: ScanInput) -> tuple[Path | tuple[Path, ...] | None, ...]:
 
 def _files_in(path: Path) -> list[Path]:
     return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-
-
-def _contents_sha256(files: Sequence[Path]) -> str:
-    """As `content_sha256` of a folder that holds these files and no others."""
-    return hashlib.sha256("".join(sorted(file_sha256(path) for path in files)).encode()).hexdigest()
