@@ -307,7 +307,7 @@ CODES: dict[str, Explanation] = {
     "W_SPLIT": _E("a mixed series was split", "the best part was kept", "one geometry per series", "nothing to do"),
     "W_MASK_FOV": _E("the lung touches the image edge", "allowed by this profile", "lung inside the image", "nothing to do"),
     "W_MASK_ONELUNG": _E("one lung only", "allowed by this profile", "two lungs", "nothing to do"),
-    "W_MASK_STRAY": _E("small parts of the given mask were left out", "voxels far from the lungs, marked by mistake", "parts of at least 1 % of the largest", "look at the picture if a part of the lung is missing, and give a corrected mask"),
+    "W_MASK_STRAY": _E("small parts of the given mask were left out", "voxels far from the lungs, marked by mistake", "parts of at least 20 ml and 1 % of the largest", "look at the picture if a part of the lung is missing, and give a corrected mask"),
     "W_THICK": _E("thick slices", "allowed by this profile", "thin slices", "nothing to do"),
     "W_AFFINE": _E("the affine step was left out", "it made the overlap worse", "an improvement", "nothing to do"),
     "W_ONE_SCAN": _E("one scan only", "used in stage 1, not for trajectories", "two or more scans", "nothing to do"),

@@ -10,6 +10,7 @@ from scipy import ndimage
 from fourdvq.data.volume import HU_MIN, Volume
 from fourdvq.preprocessing.registration import Registration
 from fourdvq.preprocessing.segmentation import field_cuts, filled_body, lung_sides
+from fourdvq.preprocessing.segmentation.provided import STRAY_ML
 
 AIR_SPREAD_HU = 25.0  # median absolute deviation: 10 in a whole-body field of view, 33 to 45 in crops
 NOISE_SLICES = 16  # enough voxels for a median, in a tenth of a second
@@ -27,7 +28,7 @@ class ScanFacts:
     left_ml: float
     two_lungs: bool
     left_right: float
-    components: int  # parts of the mask that have PART_ML or more
+    components: int  # parts of the mask that have STRAY_ML or more
     touches_edge: bool
     cut_at: tuple[str, ...]  # sides of the image at which the field of view cuts the lung
     hole_percent: float  # of the lung: enclosed by it in 3-D and not in the mask
@@ -122,7 +123,7 @@ def _air(hu: np.ndarray, body: np.ndarray) -> float | None:
 
 def _parts(mask: np.ndarray, voxel_ml: float) -> int:
     labels, _ = ndimage.label(mask)
-    return int((np.bincount(labels[mask]) * voxel_ml >= PART_ML).sum())
+    return int((np.bincount(labels[mask]) * voxel_ml >= STRAY_ML).sum())
 
 
 def _mask_faults(mask: np.ndarray, body: np.ndarray, scan: Volume) -> tuple[float, float]:

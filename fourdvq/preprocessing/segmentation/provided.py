@@ -11,11 +11,13 @@ import SimpleITK as sitk
 from fourdvq.data.volume import Volume, require_same_grid
 from fourdvq.errors import VolumeError
 
-STRAY_SHARE = 0.01  # of the largest part: a smaller one does not widen the box
+# A part of a mask that is smaller than one of these does not widen the box.
+STRAY_ML = 20.0
+STRAY_SHARE = 0.01  # of the largest part
 
 
 def provided_mask(scan: Volume, provided: Volume | None) -> np.ndarray:
-    """The mask that came with the scan, inside the box around its parts of 1 % of the largest or more.
+    """The mask that came with the scan, inside the box around its parts of 20 ml and 1 % of the largest or more.
 
     Smaller parts inside that box stay: a fibrotic lung leaves such pieces. Raises VolumeError E_MASK if there is no
     mask or it lies on another grid.
@@ -25,7 +27,7 @@ def provided_mask(scan: Volume, provided: Volume | None) -> np.ndarray:
         raise VolumeError("E_MASK", where="the scan", found="no mask", wanted=wanted)
     require_same_grid(provided, scan, where="the given mask")
     given = provided.hu > 0
-    box = _box(_large_parts(given))
+    box = _box(_large_parts(given, scan.voxel_ml))
     result = np.zeros_like(given)
     result[box] = given[box]
     return result
@@ -36,11 +38,12 @@ def left_out(provided: Volume | None, mask: np.ndarray) -> bool:
     return provided is not None and int(np.count_nonzero(provided.hu > 0)) > int(mask.sum())
 
 
-def _large_parts(mask: np.ndarray) -> np.ndarray:
+def _large_parts(mask: np.ndarray, voxel_ml: float) -> np.ndarray:
     image = sitk.GetImageFromArray(mask.astype(np.uint8))
     labels = sitk.GetArrayFromImage(sitk.ConnectedComponent(image, True))  # a third of SciPy's time; corners join
     sizes = np.bincount(labels[mask], minlength=1)
-    result: np.ndarray = (sizes >= max(1.0, STRAY_SHARE * sizes.max()))[labels]
+    least = max(STRAY_SHARE * sizes.max(), STRAY_ML / voxel_ml)
+    result: np.ndarray = (sizes >= min(least, max(sizes.max(), 1)))[labels]  # the largest part stays, however small
     return result
 
 
