@@ -294,7 +294,8 @@ def _make(
 
     require_supported(profile)
     free = free_memory()
-    asked = min(workers or config.workers, len(jobs))
+    beside = 1 if config.device.startswith("cuda") else workers or config.workers  # a GPU's memory is for one at a time
+    asked = min(beside, len(jobs))
     count = min(asked, max(1, free // worker_need(profile)))
     in_process = count == 1 and not request.isolated
     bounds = load_policy(workspace.policy_yaml).rules.limits

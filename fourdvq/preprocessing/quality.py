@@ -15,7 +15,6 @@ from fourdvq.preprocessing.segmentation.provided import STRAY_ML
 AIR_SPREAD_HU = 25.0  # median absolute deviation: 10 in a whole-body field of view, 33 to 45 in crops
 NOISE_SLICES = 16  # enough voxels for a median, in a tenth of a second
 SOFT_TISSUE_HU, SOFT_TISSUE_WIDTH_HU = 40.0, 150.0  # fat to muscle with contrast; no lung, no bone
-PART_ML = 20.0  # a smaller part is a fault of the mask's edge, or a piece of lung beside a scar
 _COARSE_MM = 2.0  # enough to judge a mask's holes and leaks
 
 

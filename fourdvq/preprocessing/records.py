@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fourdvq import __version__
 from fourdvq.config import sha256_of, to_plain
 from fourdvq.data.files import file_sha256, write_atomic
+from fourdvq.preprocessing.plugged_in import backend_version
 from fourdvq.preprocessing.profile import Profile, profile_to_plain
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def output_key(scan_key: str, profile: Profile, baseline_key: str | None) -> str
     versions = profile.step_versions
     parts: list[Any] = [scan_key, "resample", versions.resample, profile.grid, profile.fov, profile.resample]
     if baseline_key is not None:
-        parts += [baseline_key, "register", versions.register, profile.registration, profile.outside_lung]
+        parts += [baseline_key, "register", *_registered_by(profile), profile.outside_lung]
     return sha256_of([to_plain(p) for p in parts])
 
 
@@ -98,10 +99,15 @@ def recipe_key(scan_key: str, profile: Profile) -> str:
 
     A person who leaves a scan out means this: it holds when another baseline takes over, and lapses with a new export.
     """
-    versions = profile.step_versions
-    making = [profile.grid, profile.fov, profile.resample, profile.registration, profile.outside_lung]
-    parts = [scan_key, "recipe", versions.resample, versions.register, *making]
+    making = [profile.grid, profile.fov, profile.resample, *_registered_by(profile), profile.outside_lung]
+    parts = [scan_key, "recipe", profile.step_versions.resample, *making]
     return sha256_of([to_plain(p) for p in parts])
+
+
+def _registered_by(profile: Profile) -> list[Any]:
+    """What makes the alignment: its version, its numbers, and which package it is of if it is none of ours."""
+    plugin = backend_version(profile.registration.backend)
+    return [profile.step_versions.register, profile.registration, *([plugin] if plugin else [])]
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -10,7 +13,9 @@ from scipy import ndimage, spatial
 
 from fourdvq.errors import ConfigError, RegistrationError
 from fourdvq.preprocessing.grid import Grid
-from fourdvq.preprocessing.profile import RegistrationSpec
+from fourdvq.preprocessing.plugged_in import backend_version
+from fourdvq.preprocessing.profile import RegistrationSpec, load_profile
+from fourdvq.preprocessing.records import output_key, recipe_key
 from fourdvq.preprocessing.registration import AlignedPair, FoundField, backend_named, backend_names
 from fourdvq.preprocessing.registration.corrfield import corrfield_field
 from fourdvq.preprocessing.registration.demons import demons_field
@@ -180,6 +185,13 @@ def test_a_backend_of_another_package_is_found_by_its_name(tmp_path, monkeypatch
     backend = backend_named("nudge")
     fixed, mask = lung((8, 8, 8))
     assert (vectors(backend.field(pair(fixed, mask, fixed), FAST, "cpu")) == 1.5).all()
+    plain = load_profile(Path(__file__).parents[2] / "configs" / "preprocessing" / "tiny.yaml")
+    nudged = replace(plain, registration=replace(plain.registration, backend="nudge"))
+    backend_version.cache_clear()
+    before = output_key("a", nudged, "b"), recipe_key("a", nudged)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: nudging-backend\nVersion: 1.1\n")
+    backend_version.cache_clear()
+    assert not {*before} & {output_key("a", nudged, "b"), recipe_key("a", nudged)}
     for name in ("odd", "gone", "never-heard-of"):
         with pytest.raises(ConfigError, match="E_UNSUPPORTED"):
             backend_named(name)

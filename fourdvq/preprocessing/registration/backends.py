@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 
 import numpy as np
 import SimpleITK as sitk
 
 from fourdvq.errors import ConfigError
 from fourdvq.preprocessing.grid import Grid
+from fourdvq.preprocessing.plugged_in import plugged_in
 from fourdvq.preprocessing.profile import RegistrationSpec
-
-ENTRY_POINTS = "fourdvq.registration"
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ BACKENDS: dict[str, Backend] = {
 
 def backend_names() -> list[str]:
     """Every name that a profile may ask for here, sorted; plug-ins are not loaded."""
-    return sorted({*BACKENDS, *_plugged_in()})
+    return sorted({*BACKENDS, *plugged_in()})
 
 
 def backend_named(name: str) -> Backend:
@@ -112,7 +110,7 @@ def backend_named(name: str) -> Backend:
     """
     if name in BACKENDS:
         return BACKENDS[name]
-    point = _plugged_in().get(name)
+    point = plugged_in().get(name)
     if point is None:
         raise _unsupported(name, "one of " + ", ".join(backend_names()))
     try:
@@ -129,7 +127,3 @@ def backend_named(name: str) -> Backend:
 def _unsupported(found: str, wanted: str) -> ConfigError:
     fix = "use a profile with a backend that every site has, or install the package that brings it"
     return ConfigError("E_UNSUPPORTED", where="profile.registration.backend", found=found, wanted=wanted, fix=fix)
-
-
-def _plugged_in() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
