@@ -10,16 +10,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from fourdvq.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, ConfigError, FourdvqError, explain
 from fourdvq.os_errors import from_os, place_of, reason
+from fourdvq.stopping import EXIT_OF, answered, stop_error
 
 GLOBAL_HELP = "Everywhere: --json (one JSON object last on stdout), -q/--quiet, -v/--verbose, --workdir DIR, --no-color"
 
@@ -47,6 +49,7 @@ class Result:
 @dataclass
 class _Session:
     options: Options = field(default_factory=Options)
+    stopped_by: signal.Signals = signal.SIGINT
 
 
 _session = _Session()
@@ -86,12 +89,32 @@ def split_options(argv: Sequence[str]) -> tuple[Options, list[str]]:
     return Options(**taken), rest
 
 
+@contextlib.contextmanager
+def loading(program: str, signals: Iterable[int] = ()) -> Iterator[None]:
+    """While a command is still being imported, Ctrl-C and SIGTERM end it on the spot: nothing has been begun.
+
+    `signals` are all that stay blocked from here on: one that came before it could be answered is answered now.
+    """
+
+    def end(number: int, _: object) -> None:
+        _session.options = Options(json="--json" in sys.argv)
+        os._exit(_fail(stop_error(number, program), EXIT_OF[signal.Signals(number)]))
+
+    with answered(signal.SIGINT, end), answered(signal.SIGTERM, end):
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+        yield
+
+
 def run(app: Any, argv: Sequence[str], program: str) -> int:
     """Run a Typer application and return the exit code; never a traceback unless asked for with --verbose."""
+    _session.stopped_by = signal.SIGINT
     try:
-        code = _outcome(app, argv, program)
+        with answered(signal.SIGTERM, _stop):
+            code = _outcome(app, argv, program)
         if sys.stdout is not None:
             sys.stdout.flush()
+    except KeyboardInterrupt:  # before the verb, or after it
+        return _stopped(program)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing is wrong, and there is nobody left to tell.
         _drop_output()
@@ -104,6 +127,12 @@ def run(app: Any, argv: Sequence[str], program: str) -> int:
             print(format_error(ours), file=sys.stderr, flush=True)
         return ours.exit_code
     return code
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    """A batch system ends a job with SIGTERM: all that ends in order after Ctrl-C ends in order after it."""
+    _session.stopped_by = signal.Signals(number)
+    raise KeyboardInterrupt
 
 
 def _drop_output() -> None:
@@ -143,8 +172,12 @@ def _outcome(app: Any, argv: Sequence[str], program: str) -> int:
         return _fail(FourdvqError("E_INTERNAL", where=program, found=f"{type(error).__name__}: {error}"), EXIT_FAILED)
     # Typer turns Ctrl-C into a silent exit code of its own; a person still wants to know what to do next.
     if outcome == EXIT_INTERRUPTED:
-        return _fail(FourdvqError("E_INTERRUPTED", where=program), EXIT_INTERRUPTED)
+        return _stopped(program)
     return _finish(outcome)
+
+
+def _stopped(program: str) -> int:
+    return _fail(stop_error(_session.stopped_by, program), EXIT_OF[_session.stopped_by])
 
 
 def _without_verb(usage: str, asked: str) -> int:

@@ -22,8 +22,8 @@ _HEAD = """\
 ## Every verb: options, exit codes, an example
 
 Any verb may end with 0 (done), 1 (a bug, a broken machine or a missing right), 2 (usage or settings; also a folder of
-another kind), 75 (a full disk or a share that is gone: the same command goes on) and 130 (Ctrl-C). What else a verb may
-end with stands under it.
+another kind), 75 (SIGTERM, a full disk or a share that is gone: the same command goes on) and 130 (Ctrl-C). What else
+a verb may end with stands under it.
 """
 
 
@@ -49,7 +49,7 @@ CLIENT: dict[str, Note] = {
     ),
     "preprocess": Note(
         "preprocess --shard 3/8 --workers 4",
-        "3 scans were refused, failed or are damaged; 75 SIGTERM, a full disk, or another run has the folder or shard",
+        "3 scans were refused, failed or are damaged; 75 another run has the folder or shard",
     ),
     "dry-run": Note("dry-run experiment=tiny --until ode", "3 no approved scan; 75 the site's rules refused a round"),
     "approve": Note("approve --latest --show", "5 this account may not write policy.yaml, or another profile"),

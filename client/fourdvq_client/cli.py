@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+
+# Until there is somebody who answers them with a word and an exit code.
+_held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
 
 # Nobody's software phones home from a hospital; read by the packages when they are imported.
 for _name, _value in (
@@ -16,28 +20,30 @@ import sys  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
-import typer  # noqa: E402
-
 from fourdvq import console  # noqa: E402
-from fourdvq_client.verbs import (  # noqa: E402
-    about,
-    audit,
-    biomarkers,
-    check,
-    data,
-    dry_run,
-    follow,
-    init,
-    join,
-    models,
-    phantom,
-    plans,
-    policy,
-    qc,
-    reports,
-    survival,
-    weights,
-)
+
+with console.loading("fourdvq-client", _held):
+    import typer
+
+    from fourdvq_client.verbs import (
+        about,
+        audit,
+        biomarkers,
+        check,
+        data,
+        dry_run,
+        follow,
+        init,
+        join,
+        models,
+        phantom,
+        plans,
+        policy,
+        qc,
+        reports,
+        survival,
+        weights,
+    )
 
 app = typer.Typer(
     help="A hospital's side of a fourdvq federation: nothing leaves but what policy.yaml allows.",

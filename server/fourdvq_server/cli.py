@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+
+# Until there is somebody who answers them with a word and an exit code.
+_held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
 
 # Nobody's software phones home from a coordinator; read by the packages when they are imported.
 for _name, _value in (
@@ -17,23 +21,25 @@ import sys  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
-import typer  # noqa: E402
-
 from fourdvq import console  # noqa: E402
-from fourdvq_server.verbs import (  # noqa: E402
-    ablate,
-    about,
-    biomarkers,
-    demo,
-    experiments,
-    init,
-    members,
-    results,
-    runs,
-    serve,
-    survival,
-    ui,
-)
+
+with console.loading("fourdvq-server", _held):
+    import typer
+
+    from fourdvq_server.verbs import (
+        ablate,
+        about,
+        biomarkers,
+        demo,
+        experiments,
+        init,
+        members,
+        results,
+        runs,
+        serve,
+        survival,
+        ui,
+    )
 
 app = typer.Typer(
     help="The coordinator of a fourdvq federation.",

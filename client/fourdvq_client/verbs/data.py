@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
 from fourdvq import console
 from fourdvq.console import Result
-from fourdvq.errors import EXIT_OK, EXIT_SOME_REFUSED, ConfigError, TemporaryStop, explain
+from fourdvq.errors import EXIT_OK, EXIT_SOME_REFUSED, ConfigError, explain
 from fourdvq_client.verbs._site import here
 
 if TYPE_CHECKING:
@@ -97,7 +95,7 @@ def preprocess(
     part = parse_shard(shard)
     if force and force not in FORCED_STEPS:
         raise ConfigError("E_USAGE", where="--force", found=force, wanted=", ".join(FORCED_STEPS))
-    with _stopped_by_sigterm(), preparing(workspace, part), _Progress("patients") as waiting:
+    with preparing(workspace, part), _Progress("patients") as waiting:
         if verify:
             return _verified(workspace, part, waiting)
         request = Request(part, retry_failed, force, auto_approve, 60.0 * scan_minutes, isolated=True)
@@ -176,21 +174,3 @@ class _Progress:
         """What is being done now."""
         if self._advance is not None:
             self._advance(0, text)
-
-
-@contextlib.contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """A batch system ends a job with SIGTERM: stop in order, without leaving workers, to be resumed (exit 75)."""
-
-    def stop(number: int, frame: object) -> NoReturn:
-        del number, frame
-        raise TemporaryStop("E_INTERRUPTED", where="preprocess", found="SIGTERM")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -17,7 +17,9 @@ def phantom(
     seed: Annotated[int, typer.Option(help="The same seed gives the same files.")] = 0,
     format: Annotated[str, typer.Option(help="nifti or dicom.")] = "nifti",
     size: Annotated[str, typer.Option(help="Voxels, D,H,W.")] = "96,256,256",
-    site: Annotated[str, typer.Option(help="Whose scanner: leuven, southampton or external.")] = "leuven",
+    site: Annotated[
+        str, typer.Option(help="Whose scanner: leuven, southampton, external; any other name has one of its own.")
+    ] = "leuven",
     scans: Annotated[str, typer.Option(help="Fewest and most scans of a patient.")] = "2,4",
     longitudinal: Annotated[float, typer.Option(help="Share of patients with more than one scan.", min=0, max=1)] = 1.0,
     truth: Annotated[bool, typer.Option("--truth/--no-truth", help="Also write the truth.")] = True,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Literal
 
@@ -79,11 +81,31 @@ def _write_all(
             yield done
         return
     # Spawned, not forked: a caller may hold threads (torch, gRPC) that a fork would copy in an undefined state.
-    with ProcessPoolExecutor(min(workers, len(drawn)), mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(write_patient, out, patient, format, masks, truth) for patient in drawn]
+    pool = ProcessPoolExecutor(min(workers, len(drawn)), mp_context=get_context("spawn"))
+    others = set(active_children())
+    try:
+        with _unheard_by_children():
+            jobs = [pool.submit(write_patient, out, patient, format, masks, truth) for patient in drawn]
         for done, job in enumerate(as_completed(jobs), start=1):
             job.result()
             yield done
+    except BaseException:
+        # A patient takes up to a minute, and whoever stops this has said that nobody waits for it.
+        for process in set(active_children()) - others:
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _unheard_by_children() -> Iterator[None]:
+    """Ctrl-C at the terminal reaches this process, which ends its children; they themselves would print tracebacks."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a child inherits what is blocked
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def write_patient(out: Path, patient: PhantomPatient, format: Format, masks: bool, truth: bool) -> None:
