@@ -304,6 +304,7 @@ CODES: dict[str, Explanation] = {
     "W_TILT": _E("tilted gantry, corrected", "slices were shifted back along their normal", "an untilted series", "nothing to do"),
     "W_PRONE": _E("prone position", "gravity moves the lung's density", "supine", "nothing to do"),
     "W_CONTRAST": _E("contrast agent", "vessels are brighter", "no contrast", "nothing to do"),
+    "W_LOSSY": _E("compressed with loss", "an archive or export changed the voxels to save room", "lossless or uncompressed images", "export the series again without loss, if the archive still has it so"),
     "W_SPLIT": _E("a mixed series was split", "the best part was kept", "one geometry per series", "nothing to do"),
     "W_MASK_FOV": _E("the lung touches the image edge", "allowed by this profile", "lung inside the image", "nothing to do"),
     "W_MASK_ONELUNG": _E("one lung only", "allowed by this profile", "two lungs", "nothing to do"),

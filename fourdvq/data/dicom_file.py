@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import pydicom
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless
 
 from fourdvq.data.limits import shown
 from fourdvq.errors import VolumeError
 
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 CT_CLASSES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.2.1")  # CT image, enhanced CT image
+LOSSY_SYNTAXES = (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless)  # JPEG 2000 may be either
 # A directory of files, a hanging protocol, a colour palette, raw data, presentation states: whole without a modality.
 _NO_IMAGES = tuple(
     "1.2.840.10008." + tail
@@ -38,7 +39,7 @@ _TAGS = [
     "AcquisitionNumber", "ConvolutionKernel", "SeriesDescription", "ProtocolName", "SliceThickness",
     "BurnedInAnnotation", "ContrastBolusAgent", "PatientPosition", "NumberOfFrames", "SamplesPerPixel",
     "PhotometricInterpretation", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "Manufacturer",
-    "KVP", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "KVP", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "LossyImageCompression",
 ]  # fmt: skip
 # pydicom logs header values with its warnings; a log may hold no patient's value.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -101,6 +102,7 @@ class SliceHeader(NamedTuple):
     kvp: float | None = None
     frame: int | None = None  # which image of an enhanced multi-frame file
     stack: str = ""  # of an enhanced multi-frame file
+    lossy: bool = False  # the pixels have been through a compression that changes them
     instance: str = ""  # SOPInstanceUID of an enhanced multi-frame file; of others it is not kept
 
     @property
@@ -204,13 +206,14 @@ def _pixel_value(stream: BinaryIO, *, implicit: bool) -> tuple[int, int]:
 
 def _header(path: Path, data: pydicom.Dataset) -> SliceHeader:
     meta = getattr(data, "file_meta", None)
+    syntax = str(getattr(meta, "TransferSyntaxUID", "") or "")
     spacing = numbers_of(data, "PixelSpacing", 2)
     return SliceHeader(
         path=path,
         modality=text_of(data, "Modality"),
         image_type=tuple(str(v) for v in values_of(data, "ImageType")),
         sop_class=text_of(data, "SOPClassUID"),
-        transfer_syntax=str(getattr(meta, "TransferSyntaxUID", "") or ""),
+        transfer_syntax=syntax,
         study=text_of(data, "StudyInstanceUID"),
         series=text_of(data, "SeriesInstanceUID"),
         frame_of_reference=text_of(data, "FrameOfReferenceUID"),
@@ -235,6 +238,7 @@ def _header(path: Path, data: pydicom.Dataset) -> SliceHeader:
         patient_position=text_of(data, "PatientPosition").upper(),
         frames=int(data.get("NumberOfFrames") or 1),
         pixels=_pixel_place(data),
+        lossy=text_of(data, "LossyImageCompression") == "01" or syntax in LOSSY_SYNTAXES,
         manufacturer=text_of(data, "Manufacturer"),
         kvp=number_of(data, "KVP"),
     )

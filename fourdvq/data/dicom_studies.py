@@ -20,7 +20,8 @@ from fourdvq.data.choice import (
     nothing_found,
 )
 from fourdvq.data.cohort_rows import CandidateRow, DatedScan, Finding, ScanRow, finding
-from fourdvq.data.dicom import FolderScan, SeriesCandidate, scan_folder
+from fourdvq.data.dicom import FolderScan, SeriesCandidate, scan_files, scan_folder
+from fourdvq.data.dicom_file import DICOM_SUFFIXES
 from fourdvq.data.known_headers import KnownHeaders
 from fourdvq.data.limits import IMAGE_SUFFIXES, shown
 from fourdvq.data.reachable import is_folder, lies_there, why_unreadable
@@ -77,7 +78,7 @@ class DicomReader:
         self.skipped: Counter[str] = Counter()
 
     def add_folder(self, row: ScanRow, where: str, date: datetime.date | None, days: int | None) -> None:
-        """A DICOM folder that the hospital's table names as one scan of a patient."""
+        """A DICOM folder, or one file, that the hospital's table names as one scan of a patient."""
         found = self._look(row.path)
         # Of several studies in the folder, the one of that day.
         candidates = tuple(c for c in found.candidates if date is None or _day_of(c) in (date, None))
@@ -143,7 +144,10 @@ class DicomReader:
         return result
 
     def _look(self, folder: Path) -> FolderScan:
-        found = scan_folder(folder, self._options.progress, self._options.known)
+        if folder.is_file():
+            found = scan_files([folder], self._options.progress)
+        else:
+            found = scan_folder(folder, self._options.progress, self._options.known)
         self.skipped += found.skipped
         return found
 
@@ -153,7 +157,8 @@ def mask_of(source: Path, text: str, *folders: Path) -> Path | None:
     if text:
         return next((f / text for f in folders if lies_there(f / text)), folders[0] / text)
     endings = sorted(IMAGE_SUFFIXES, key=len, reverse=True)
-    suffix = "" if is_folder(source) else next((e for e in endings if source.name.lower().endswith(e)), "")
+    known = (*endings, *DICOM_SUFFIXES)
+    suffix = "" if is_folder(source) else next((e for e in known if source.name.lower().endswith(e)), "")
     stem = source.name[: len(source.name) - len(suffix)]
     beside = [source.with_name(f"{stem}_lung{ending}") for ending in endings]
     return next((path for path in beside if lies_there(path)), None)

@@ -104,7 +104,8 @@ def _as_it_lies(stream: BinaryIO, s: SliceHeader) -> np.ndarray:
     )
     size = s.rows * s.columns * np.dtype(kind).itemsize
     whole = size * s.frames
-    if place.at == 0 or place.length not in (whole, whole + whole % 2):
+    # Padded to an even length; some writers add a word to what is even already.
+    if place.at == 0 or place.length not in (whole, whole + whole % 2, whole + 2):
         raise _corrupt(s, f"{max(place.length, 0)} bytes of pixels", f"{whole} bytes")
     stream.seek(place.at + (s.frame or 0) * size)
     data = stream.read(size)

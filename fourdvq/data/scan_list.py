@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 from fourdvq.data.cohort_rows import DatedScan, Finding, ScanRow, finding
+from fourdvq.data.dicom_file import DICOM_SUFFIXES
 from fourdvq.data.dicom_studies import DicomReader, mask_of
 from fourdvq.data.limits import is_image_file
-from fourdvq.data.reachable import lies_there, why_unreadable
+from fourdvq.data.reachable import is_folder, lies_there, why_unreadable
 from fourdvq.data.tables import parse_date, parse_whole, read_source_table
 from fourdvq.data.walk import walk_files
 from fourdvq.errors import CohortError
@@ -62,7 +63,7 @@ def scans_from_table(
             # The row stays, so that the patient's other scans keep their numbers; preparation waits for its files.
             findings.append(finding("E_READ", f"{where}, column path", why, patient=patient, scan=scan))
             result.append(DatedScan(ScanRow(patient, scan, source, 0, mask, _kind(source)), where, date, days))
-        elif source.is_dir():
+        elif is_folder(source) or source.name.lower().endswith(DICOM_SUFFIXES):
             dicom.add_folder(ScanRow(patient, scan, source, 0, mask, "dicom"), where, date, days)
         else:
             result.append(DatedScan(ScanRow(patient, scan, source, 0, mask), where, date, days))

@@ -272,6 +272,7 @@ def _warnings(stack: SliceStack) -> list[str]:
         "W_TILT": stack.drift is not None,
         "W_PIXEL": not all(low <= mm <= high for mm in head.pixel_spacing or ()),
         "W_CONTRAST": head.contrast,
+        "W_LOSSY": any(s.lossy for s in stack.slices),
         "W_PRONE": head.patient_position.endswith("P"),
     }
     return [code for code, holds in found.items() if holds]

@@ -27,8 +27,9 @@ _SHARP = re.compile(
     r"(?:B|BR|BL|HR|HR|I|J|U|H)(?:[5-9]\d)|BONE|EDGE|LUNG|CHST|FC[35]\d|FC8\d|Y[A-D]$|(?:^|\W)[DEL]$", re.IGNORECASE
 )
 # English, Dutch, German and French, also as abbreviations; matched on words without punctuation.
-_EXPIRATION = re.compile(r"\b(?:exp(?:ir\w*)?|espir\w*|exspir\w*|expi|uitadem\w*|uitgeademd|ausat\w*|ausgeatmet)\b")
+_EXPIRATION = re.compile(r"\b(?:exs?p(?:i(?:r\w*)?)?|espir\w*|uitadem\w*|uitgeademd|ausat\w*|ausgeatmet)\b")
 _INSPIRATION = re.compile(r"\b(?:insp(?:ir\w*)?|inspi|inadem\w*|ingeademd|einat\w*|eingeatmet)\b")
+_BOTH = re.compile(r"\bin\s*[+/&]\s*exs?p")  # an abbreviation only beside the other: "in exspiration" is one of them
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def breath_of(s: SliceHeader) -> Literal["inspiration", "expiration", "unknown"]
     """What the names say. The series' own name counts before the protocol's, which may cover both breath holds."""
     for text in (s.description, s.protocol):
         words = re.sub(r"[\W_\d]+", " ", text.lower())
-        out, into = bool(_EXPIRATION.search(words)), bool(_INSPIRATION.search(words))
+        out = bool(_EXPIRATION.search(words))
+        into = bool(_INSPIRATION.search(words) or _BOTH.search(text.lower()))
         if out != into:
             return "expiration" if out else "inspiration"
     return "unknown"

@@ -89,6 +89,18 @@ def test_pixels_taken_from_the_file_are_bit_equal_to_what_itk_decodes(volume, tm
         np.testing.assert_array_equal(ours[z], np.clip(np.rint(itk), -1024, 3071))
 
 
+@pytest.mark.parametrize(("added", "code"), [(2, ""), (4, "E_CORRUPT"), (-2, "E_CORRUPT")])
+def test_a_word_of_padding_after_the_pixels_is_passed_over_and_no_more(volume, tmp_path, added, code):
+    def pad(i, data):
+        data.PixelData = data.PixelData + bytes(added) if added > 0 else data.PixelData[:added]
+
+    write_series(tmp_path, volume, edit=pad)
+    if code:
+        assert refused(tmp_path).code == code
+    else:
+        np.testing.assert_array_equal(loaded(tmp_path).volume.hu, volume.hu)
+
+
 def test_an_unknown_syntax_is_named_with_what_to_do(volume, tmp_path):
     for path in write_series(tmp_path, volume):
         rewrite(path, lambda d: None)
@@ -330,6 +342,7 @@ def test_an_enhanced_file_is_held_to_the_same_rules(volume, tmp_path):
         ("PixelSpacing", [0.3, 0.3], "W_PIXEL"),
         ("PixelSpacing", [1.2, 1.2], "W_PIXEL"),
         ("PatientPosition", "HFP", "W_PRONE"),
+        ("LossyImageCompression", "01", "W_LOSSY"),
     ],
 )
 def test_what_is_unusual_but_usable_is_read_with_a_warning(volume, tmp_path, name, value, code):
@@ -505,7 +518,18 @@ def test_a_slice_that_lost_its_study_or_series_is_missed_also_among_other_patien
 
 
 @pytest.mark.parametrize(
-    "name", ["Thorax exp.", "THORAX EXPIRATIE", "Thorax_Exspiration 1.0", "Ausatmung", "CT expiratoire", "uitademing"]
+    "name",
+    [
+        "Thorax exp.",
+        "THORAX EXPIRATIE",
+        "Thorax_Exspiration 1.0",
+        "Ausatmung",
+        "CT expiratoire",
+        "uitademing",
+        "THX EXSP.",
+        "Thx exspi 1.0",
+        "Thorax in Exspiration",
+    ],
 )
 def test_a_scan_named_expiratory_goes_to_review_in_four_languages(volume, tmp_path, name):
     write_series(tmp_path, volume, edit=lambda i, d: setattr(d, "SeriesDescription", name))
@@ -513,7 +537,9 @@ def test_a_scan_named_expiratory_goes_to_review_in_four_languages(volume, tmp_pa
 
 
 def test_words_that_only_look_like_expiration_do_not(volume, tmp_path):
-    for k, name in enumerate(("Experimental", "Thorax insp/exp", "Export", "Thorax inspiratie")):
+    for k, name in enumerate(
+        ("Experimental", "Thorax insp/exp", "Insp/Exsp", "Thorax In+Exp", "Export", "Thorax inspiratie")
+    ):
         write_series(tmp_path / str(k), volume, edit=lambda i, d, n=name: setattr(d, "SeriesDescription", n))
         assert "V_EXPIR" not in loaded(tmp_path / str(k)).warnings
 

@@ -232,6 +232,15 @@ def two_visits(folder: Path, volume: Volume, *ids: str) -> None:
            PatientSex="U")  # fmt: skip
 
 
+def test_a_row_may_name_one_enhanced_file(volume, tmp_path):
+    path = write_enhanced(tmp_path / "ct" / "one.dcm", volume)
+    (tmp_path / "ct" / "one_lung.nii.gz").touch()
+    cohort = table_cohort(tmp_path, ["P1,a,one.dcm,2015-03-01"], "P1")
+    (scan,) = scan_inputs(cohort, "P1")
+    assert (scan.files, scan.mask_path) == ((path,), tmp_path / "ct" / "one_lung.nii.gz")
+    np.testing.assert_array_equal(load_input(scan, LimitsSpec(), with_mask=False).volume.hu, volume.hu)
+
+
 def test_rows_whose_dates_are_swapped_are_found_by_the_headers(volume, tmp_path):
     two_visits(tmp_path, volume, "P1", "P1")
     cohort = table_cohort(tmp_path, ["P1,a,two,2015-03-01", "P1,b,one,2016-03-01"], "P1")
