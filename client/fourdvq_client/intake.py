@@ -1,8 +1,8 @@
 """What a site says about its intake, and what intake tells the site: series.yaml in, candidates.csv out.
 
 candidates.csv shows every series that could have been used, under opaque keys; `private/series.csv` says in which
-folder each key is found. A line `study-...: series-...` in series.yaml overrules the choice. `private/headers` keeps
-what DICOM headers said, for the next time.
+folder each key is found. A line `study-...: series-...` in series.yaml overrules the choice, and `study-...: none`
+leaves a study out. `private/headers` keeps what DICOM headers said, for the next time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fourdvq.data.choice import ChoiceRules
+from fourdvq.data.choice import NONE, ChoiceRules
 from fourdvq.data.cohort import Cohort, Finding, pseudonyms
 from fourdvq.data.dicom_studies import OVERRIDES, DicomOptions
 from fourdvq.data.files import csv_bytes
@@ -101,14 +101,14 @@ def dicom_options(
 
 
 def read_overrides(path: Path) -> dict[str, str]:
-    """Study key to series key; empty if there is no such file."""
+    """Study key to series key, or to `none` for a study to leave out; empty if there is no such file."""
     if not path.is_file():
         return {}
     overrides: dict[str, str] = {}
     for study, series in read_yaml(path).items():
-        for key, kind in ((study, "study"), (series, "series")):
-            if not isinstance(key, str) or not re.fullmatch(rf"{kind}-[0-9a-f]{{12}}", key):
-                wanted = f"{kind}- and 12 hex digits, as in candidates.csv"
+        for key, kind, word in ((study, "study", None), (series, "series", NONE)):
+            if not isinstance(key, str) or (key != word and not re.fullmatch(rf"{kind}-[0-9a-f]{{12}}", key)):
+                wanted = f"{kind}- and 12 hex digits, as in candidates.csv" + (f", or {word}" if word else "")
                 raise ConfigError("E_VALUE", where=f"{OVERRIDES}: {study}", found=repr(key), wanted=wanted)
         overrides[study] = series
     return overrides

@@ -18,6 +18,7 @@ from fourdvq.data.limits import shown
 from fourdvq.data.technical import breath_of, kernel_class
 from fourdvq.errors import ConfigError, VolumeError
 
+NONE = "none"  # said by a person instead of a series key: the study is left out
 LUNG_TIE = 0.95  # within 5 % of the largest two volumes are the same breath in other words
 Estimate = Callable[[SeriesCandidate], float | None]
 
@@ -122,14 +123,19 @@ def nothing_found(found: FolderScan, folder: Path) -> VolumeError:
 
 
 def check_overrides(overrides: Mapping[str, str], studies: Sequence[Sequence[SeriesCandidate]], where: str) -> None:
-    """Raise ConfigError E_KEY for a study that is not there and E_VALUE for a series that its study does not have."""
-    known = {study[0].study_key: {c.series_key for c in study} for study in studies if study}
+    """Raise ConfigError E_KEY for a study that is not there and E_VALUE for a series that its study does not have.
+
+    `NONE` instead of a series leaves the study out.
+    """
+    known: dict[str, set[str]] = {}
+    for candidate in (c for study in studies for c in study):
+        known.setdefault(candidate.study_key, set()).add(candidate.series_key)
     for study_key, series_key in overrides.items():
         if study_key not in known:
             close = difflib.get_close_matches(study_key, list(known), n=1)
             fix = f"did you mean {close[0]}?" if close else "remove the line, or take a study from candidates.csv"
             raise ConfigError("E_KEY", where=where, found=study_key, wanted="a study of candidates.csv", fix=fix)
-        if series_key not in known[study_key]:
+        if series_key not in known[study_key] and series_key != NONE:
             raise _no_such_series(series_key, sorted(known[study_key]), f"{where}: {study_key}")
 
 
@@ -206,7 +212,7 @@ def _named(judged: Sequence[Judged], series_key: str) -> SeriesCandidate:
 
 
 def _no_such_series(found: str, known: Sequence[str], where: str) -> ConfigError:
-    return ConfigError("E_VALUE", where=where, found=found, wanted="one of " + ", ".join(known))
+    return ConfigError("E_VALUE", where=where, found=found, wanted="one of " + ", ".join([*known, NONE]))
 
 
 def _mm(thickness: float | None) -> str:

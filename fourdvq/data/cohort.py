@@ -12,7 +12,7 @@ import hashlib
 import hmac
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fourdvq.data.clinical_table import CLINICAL_OPTIONAL, CLINICAL_REQUIRED, ClinicalReader, accepted_words
@@ -106,7 +106,7 @@ def load_cohort(
     findings += _count_findings(rows, known)
     if table.separator == ";":
         findings.append(finding("W_COMMA", table.name, "separator ;"))
-    return Cohort(patients, rows, tuple(findings), tuple(reader.candidates), dict(reader.skipped))
+    return Cohort(patients, rows, tuple(findings), _without_lost(reader.candidates, rows), dict(reader.skipped))
 
 
 def pseudonym(secret: bytes, patient_id: str) -> str:
@@ -157,6 +157,17 @@ def _check_ids(
             findings.append(
                 finding("E_ID", where, f"{patient!r} is not in {absent}", patient=patient, fix=nearest(patient, others))
             )
+
+
+def _without_lost(candidates: Sequence[CandidateRow], scans: Sequence[ScanRow]) -> tuple[CandidateRow, ...]:
+    """The candidates; those of a scan that was left out afterwards, as of two on one day, are not used."""
+    kept = {(s.patient_id, s.scan_id) for s in scans}
+    return tuple(
+        c
+        if not c.used or (c.patient_id, c.scan_id) in kept
+        else replace(c, used=False, by="", reject="its scan is left out, see findings.csv")
+        for c in candidates
+    )
 
 
 def _count_findings(scans: Sequence[ScanRow], known: set[str]) -> list[Finding]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fourdvq.data.choice import (
+    NONE,
     Choice,
     ChoiceRules,
     Estimate,
@@ -131,17 +132,40 @@ class DicomReader:
                     findings.append(_noted(study, fault))
                     date = None if fault.code == "E_DATE" else study.date
                     result.append(DatedScan(study.row, study.where, date, study.days, usable=False))
-            usable = [s for s, fault in zip(mine, faults, strict=True) if fault is None]
-            choices = choose_series(
-                [s.candidates for s in usable],
-                rules=self._options.rules,
-                estimate=self._options.estimate,
-                overrides=self._options.overrides,
-            )
-            for study, choice in zip(usable, choices, strict=True):
-                self.candidates += _candidate_rows(study, choice)
-                result.append(_scan_of(study, choice, findings))
+            sound = [s for s, fault in zip(mine, faults, strict=True) if fault is None]
+            left_out = [s for s in sound if all(self._is_left_out(c) for c in s.candidates)]
+            result += [DatedScan(s.row, s.where, s.date, s.days, usable=False) for s in left_out]
+            self.candidates += [row for s in left_out for row in _left_out_rows(s, self._options.rules)]
+            result += self._chosen_of([s for s in sound if s not in left_out], findings)
         return result
+
+    def _chosen_of(self, studies: Sequence[_Study], findings: list[Finding]) -> list[DatedScan]:
+        """A patient's scans; those of one day with scores that compare their chosen series with each other."""
+        options = self._options
+        choices = choose_series(
+            [tuple(c for c in s.candidates if not self._is_left_out(c)) for s in studies],
+            rules=options.rules,
+            estimate=options.estimate,
+            overrides=options.overrides,
+        )
+        days: dict[object, list[SeriesCandidate]] = {}
+        for study, choice in zip(studies, choices, strict=True):
+            days.setdefault(study.date or study.days, []).append(choice.used)
+        shared = [used for used in days.values() if len(used) > 1]
+        scores = {
+            id(judged.candidate): judged.score
+            for day in choose_series(shared, rules=options.rules, estimate=options.estimate)
+            for judged in day.judged
+        }
+        result = []
+        for study, choice in zip(studies, choices, strict=True):
+            self.candidates += _candidate_rows(study, choice)
+            scan = _scan_of(study, choice, findings)
+            result.append(replace(scan, score=scores.get(id(choice.used), scan.score)))
+        return result
+
+    def _is_left_out(self, candidate: SeriesCandidate) -> bool:
+        return self._options.overrides.get(candidate.study_key) == NONE
 
     def _look(self, folder: Path) -> FolderScan:
         if folder.is_file():
@@ -265,6 +289,12 @@ def _candidate_rows(study: _Study, choice: Choice) -> list[CandidateRow]:
         )
         for j in choice.judged
     ]
+
+
+def _left_out_rows(study: _Study, rules: ChoiceRules) -> list[CandidateRow]:
+    """The candidates of a study that a person leaves out, so that it can be taken back."""
+    (choice,) = choose_series([study.candidates], rules=rules)
+    return [replace(row, used=False, by="", reject=f"{OVERRIDES}: {NONE}") for row in _candidate_rows(study, choice)]
 
 
 _CRITERIA = (

@@ -241,6 +241,27 @@ def test_a_row_may_name_one_enhanced_file(volume, tmp_path):
     np.testing.assert_array_equal(load_input(scan, LimitsSpec(), with_mask=False).volume.hu, volume.hu)
 
 
+def test_of_two_studies_on_one_day_the_one_with_more_lung_is_used_and_shown_as_used(tmp_path):
+    scan, lung = chest((64, 64, 64))
+    no_lung = np.where(lung.hu > 0, np.int16(40), scan.hu)
+    series(tmp_path, Volume(scan.hu[:-4], scan.spacing, scan.origin), "chest", study="one")
+    series(tmp_path, Volume(no_lung, scan.spacing, scan.origin), "abdomen", study="two")
+    rules = DicomOptions(rules=ChoiceRules(max_thickness_mm=5.0))
+    cohort = load_cohort(write_clinical(tmp_path), None, tmp_path, dicom=rules)
+    assert [s.path.name for s in cohort.scans] == ["chest"]
+    assert [(c.folder.name, c.used) for c in cohort.candidates] == [("chest", True), ("abdomen", False)]
+    assert "findings.csv" in cohort.candidates[1].reject
+
+
+def test_a_person_can_leave_a_study_out_and_days_still_count_from_it(volume, tmp_path):
+    two_visits(tmp_path, volume, CANARY_ID, CANARY_ID)
+    first = load_cohort(write_clinical(tmp_path), None, tmp_path / "ct").candidates[0]
+    options = DicomOptions(overrides={first.study_key: "none"})
+    cohort = load_cohort(write_clinical(tmp_path), None, tmp_path / "ct", dicom=options)
+    assert [(s.days, s.path.name) for s in cohort.scans] == [(366, "two")]
+    assert {c.reject for c in cohort.candidates if not c.used} == {"series.yaml: none"}
+
+
 def test_rows_whose_dates_are_swapped_are_found_by_the_headers(volume, tmp_path):
     two_visits(tmp_path, volume, "P1", "P1")
     cohort = table_cohort(tmp_path, ["P1,a,two,2015-03-01", "P1,b,one,2016-03-01"], "P1")
@@ -309,6 +330,13 @@ def test_scan_writes_the_candidates_for_the_owner_alone_and_names_the_file(site)
     assert not [word for word in (CANARY_ID, "CANARY", "Thorax", "1.2.826", "study/") if word in text]
     places = (site / "private" / "series.csv").read_text()
     assert all(r["series"] in places for r in rows)
+
+
+def test_a_study_is_left_out_by_none_in_series_yaml(site):
+    call(site, "scan")
+    (site / "series.yaml").write_text(f"{candidates(site)[0]['study']}: none\n")
+    call(site, "scan")
+    assert {r["used"] for r in candidates(site)} == {""}
 
 
 def test_a_line_of_series_yaml_wins_over_every_score(site):
