@@ -19,6 +19,7 @@ from fourdvq.data.dicom import SeriesCandidate
 from fourdvq.data.dicom_file import SliceHeader
 from fourdvq.data.limits import HU_MAX, HU_MIN, ReaderLimits, shown
 from fourdvq.data.pixels import is_compressed, raw_image, stack_hu, to_hu
+from fourdvq.data.slice_faults import check_header
 from fourdvq.data.stack import SliceStack, build_stack
 from fourdvq.data.technical import TechnicalTags, is_expiratory, technical_tags
 from fourdvq.data.volume import Volume, VolumeLimits, from_image, to_image
@@ -28,14 +29,6 @@ SLICE_JUMP_HU = 300.0  # median difference to both neighbours: one slice with an
 ODD_SCALES = 2  # so few slices with a scale of their own must show that they need it
 CLEARLY_APART = 2.0  # neighbours that differ so many times as much with their own scales as with one for both
 PIXEL_RANGE_MM = (0.38, 0.98)  # paper section 3
-# Uncompressed, deflated, RLE, JPEG baseline to lossless, JPEG-LS, JPEG 2000 and HTJ2K: read by SimpleITK 2.5.
-SYNTAXES = frozenset(
-    "1.2.840.10008.1.2" + tail
-    for tail in (
-        "", ".1", ".1.99", ".2", ".5", ".4.50", ".4.51", ".4.57", ".4.70", ".4.80", ".4.81", ".4.90", ".4.91",
-        ".4.201", ".4.202", ".4.203",
-    )
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,49 +102,9 @@ def _person_or_day(s: SliceHeader, code: str) -> tuple[str, ...]:
 
 def _check_headers(slices: Sequence[SliceHeader], readers: ReaderLimits, where: str) -> None:
     for s in slices:
-        path = shown(s.path)
-        if s.burned_in:
-            raise VolumeError("E_BURNED", where=path, found="BurnedInAnnotation YES")
-        if s.frames > 1 and s.frame is None:
-            raise VolumeError("E_UNSUPPORTED", where=path, found=f"{s.frames} frames in one file")
-        if not s.has_geometry:
-            raise VolumeError("E_GEOMETRY", where=path, found="no position, orientation or pixel spacing")
-        if not _is_orthonormal(s):
-            raise VolumeError("E_GEOMETRY", where=path, found="row and column directions that are not orthonormal")
-        if s.slope is None or s.intercept is None or s.slope == 0:
-            raise VolumeError("E_RESCALE", where=path, found="no RescaleSlope or RescaleIntercept")
-        if s.transfer_syntax and s.transfer_syntax not in SYNTAXES:
-            raise VolumeError("E_SYNTAX", where=path, found=s.transfer_syntax, fix=_syntax_remedy(s.transfer_syntax))
-        if min(s.rows, s.columns) < 2 or s.pixels.samples != 1 or s.pixels.photometric != "MONOCHROME2":
-            found = f"{s.rows} x {s.columns} pixels, {s.pixels.samples} x {s.pixels.photometric or 'unnamed'}"
-            raise VolumeError("E_HU", where=path, found=found, wanted="one grey value a pixel (MONOCHROME2)")
-        if not _is_plain_layout(s):
-            found = f"{s.pixels.bits_stored} bits of {s.pixels.bits_allocated}, the highest {s.pixels.high_bit}"
-            raise VolumeError("E_UNSUPPORTED", where=path, found=found, wanted="8 to 16 bits from the lowest up")
+        check_header(s)
     head = slices[0]
     readers.check_size(len(slices) * head.rows * head.columns, 4, where)
-
-
-def _is_orthonormal(s: SliceHeader) -> bool:
-    row, column = np.array(s.orientation).reshape(2, 3)
-    lengths = np.array([row @ row, column @ column])
-    return bool(np.abs(lengths - 1).max() < 1e-2 and abs(row @ column) < 1e-2)
-
-
-def _is_plain_layout(s: SliceHeader) -> bool:
-    place = s.pixels
-    return (
-        place.bits_allocated in (8, 16, 32)
-        and 1 < place.bits_stored <= place.bits_allocated
-        and (place.high_bit == place.bits_stored - 1)
-    )
-
-
-def _syntax_remedy(uid: str) -> str:
-    return (
-        f"export the series as Explicit VR Little Endian, or convert it with a tool that reads {uid}: no extra of this "
-        "package adds it"
-    )
 
 
 def _check_hounsfield(hu: np.ndarray, where: str) -> None:
