@@ -10,12 +10,11 @@ decision, are in review.csv alone. docs/reference/data.md describes every column
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fourdvq.data.files import csv_bytes, write_atomic
+from fourdvq.data.files import csv_bytes, json_bytes, write_atomic
 from fourdvq.data.tables import read_lines
 from fourdvq.errors import CohortError
 
@@ -116,4 +115,4 @@ def _possible(column: str, text: str) -> bool:
 
 def write_json(path: Path, value: Any) -> None:
     """Readable JSON, sorted, atomic, written if it changed; NaN is an error."""
-    write_changed(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+    write_changed(path, json_bytes(value))

@@ -24,7 +24,7 @@ _MAKERS = {
 }
 # Siemens from 50 up, GE, Canon lung and bone, Philips. What is left of a known name is soft tissue.
 _SHARP = re.compile(
-    r"(?:B|BR|BL|HR|HR|I|J|U|H)(?:[5-9]\d)|BONE|EDGE|LUNG|CHST|FC[35]\d|FC8\d|Y[A-D]$|(?:^|\W)[DEL]$", re.IGNORECASE
+    r"(?:B|BR|BL|HR|I|J|U|H)(?:[5-9]\d)|BONE|EDGE|LUNG|CHST|FC[35]\d|FC8\d|Y[A-D]$|(?:^|\W)[DEL]$", re.IGNORECASE
 )
 # English, Dutch, German and French, also as abbreviations; matched on words without punctuation.
 _EXPIRATION = re.compile(r"\b(?:exs?p(?:i(?:r\w*)?)?|espir\w*|uitadem\w*|uitgeademd|ausat\w*|ausgeatmet)\b")

@@ -41,7 +41,7 @@ _NUMERIC = {sitk.sitkInt16, sitk.sitkInt32, sitk.sitkInt64, sitk.sitkFloat32, si
 
 
 @dataclass(frozen=True)
-class VolumeLimits(ReaderLimits):
+class VolumeLimits:
     """What an image file must satisfy to be read as CT."""
 
     air_below_hu: float = -900.0  # some voxel must be below it, or the file is not in Hounsfield units
@@ -70,24 +70,24 @@ class Volume:
 def read_volume(path: Path, *, limits: VolumeLimits | None = None, readers: ReaderLimits | None = None) -> Volume:
     """Read a CT volume from NIfTI, MHA or NRRD: HU int16 clamped to [-1024, 3071], oriented to LPS.
 
-    `readers` are the site's limits on sizes; they replace those of `limits`. Raises VolumeError: E_FILE, E_ARCHIVE,
+    `readers` are the site's limits on sizes. Raises VolumeError: E_FILE, E_ARCHIVE,
     E_CORRUPT (unreadable, cut short, or too long), E_BOMB (too many voxels announced, or more bytes than announced),
     E_NIFTI (4-D, 8-bit, windowed, rescaled, no geometry or two that disagree), E_GEOMETRY (impossible spacing), E_NAN.
     """
     limits = limits or VolumeLimits()
-    image, header = _read_image(path, readers or limits, allowed=_NUMERIC)
+    image, header = _read_image(path, readers or ReaderLimits(), allowed=_NUMERIC)
     values = sitk.GetArrayViewFromImage(image)
     _check_hounsfield(values, header, path, limits)
     hu = np.clip(np.rint(values), HU_MIN, HU_MAX).astype(np.int16)
     return from_image(sitk.DICOMOrient(_like(hu, image), "LPS"))
 
 
-def read_mask(path: Path, *, limits: VolumeLimits | None = None, readers: ReaderLimits | None = None) -> Volume:
+def read_mask(path: Path, *, readers: ReaderLimits | None = None) -> Volume:
     """Read a mask file (any non-zero voxel is inside) as uint8 0/1, oriented to LPS.
 
     Raises VolumeError as `read_volume` does for an unreadable file, and E_MASK for an empty mask.
     """
-    image, _ = _read_image(path, readers or limits or VolumeLimits(), allowed=None)
+    image, _ = _read_image(path, readers or ReaderLimits(), allowed=None)
     inside = (sitk.GetArrayViewFromImage(image) != 0).astype(np.uint8)
     if not inside.any():
         raise VolumeError("E_MASK", where=shown(path), found="no voxel inside")

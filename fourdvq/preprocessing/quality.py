@@ -102,16 +102,12 @@ def coverage_mm(scan: Volume) -> float:
     return float(scan.hu.shape[0] * scan.spacing[0])
 
 
-def outside_air(scan: Volume) -> float | None:
+def _air(hu: np.ndarray, body: np.ndarray) -> float | None:
     """Median HU of the air around the body, or None if no such air is in view.
 
     In view means that what lies outside the body is even: in a crop through the lung, and on coarse voxels, it is not,
     and would else be taken for a scan with a wrong intercept. Padding at the lowest value is not air.
     """
-    return _air(*filled_body(scan))
-
-
-def _air(hu: np.ndarray, body: np.ndarray) -> float | None:
     around = ndimage.binary_erosion(~body, np.ones((1, 3, 3), dtype=bool), border_value=1)
     values = hu[around & (hu > HU_MIN)]
     if values.size < 0.01 * hu.size:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fourdvq import __version__
 from fourdvq.config import sha256_of, to_plain
-from fourdvq.data.files import file_sha256, write_atomic
+from fourdvq.data.files import file_sha256, json_bytes, write_atomic
 from fourdvq.preprocessing.plugged_in import backend_version
 from fourdvq.preprocessing.profile import Profile, profile_to_plain
 
@@ -167,7 +167,7 @@ def write_outputs(folder: Path, hu: np.ndarray, mask: np.ndarray, pictures: tupl
 
 def write_record(folder: Path, record: Mapping[str, Any], qc: Mapping[str, Any]) -> None:
     """Write qc.json, then step.json, which makes the folder complete."""
-    numbers = _json(qc)
+    numbers = json_bytes(qc)
     write_atomic(folder / NUMBERS, numbers)
     complete = {**record, "files": {**record.get("files", {}), NUMBERS: _described(numbers)}}
     rewrite_record(folder, complete)
@@ -176,7 +176,7 @@ def write_record(folder: Path, record: Mapping[str, Any], qc: Mapping[str, Any])
 
 def rewrite_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write step.json alone, for what does not change a file."""
-    write_atomic(folder / "step.json", _json({**record, _SELF: _digest(record)}))
+    write_atomic(folder / "step.json", json_bytes({**record, _SELF: _digest(record)}))
 
 
 def new_record(
@@ -277,10 +277,6 @@ def _described(data: bytes) -> dict[str, Any]:
 def _digest(record: Mapping[str, Any]) -> str:
     text = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def _npy(array: np.ndarray) -> bytes:

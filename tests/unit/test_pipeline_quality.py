@@ -11,7 +11,7 @@ import SimpleITK as sitk
 from fourdvq.data.volume import Volume
 from fourdvq.preprocessing.grades import expiratory, grade_of, pair_codes, pair_grade, refusal_words, scan_codes
 from fourdvq.preprocessing.profile import LimitsSpec
-from fourdvq.preprocessing.quality import outside_air, scan_facts
+from fourdvq.preprocessing.quality import scan_facts
 from fourdvq.preprocessing.registration import Consistency, FieldFacts, Overlap, Registration
 from synthetic_lungs import chest
 
@@ -196,10 +196,12 @@ def test_a_chest_full_of_noise_goes_to_review(noise, codes):
 
 
 def test_air_is_judged_only_where_even_air_is_in_view():
-    scan, _ = chest((40, 64, 64))
-    assert outside_air(replace(scan, hu=scan.hu + 60)) == pytest.approx(-940, abs=3)
-    middle = scan.hu[:, 20:44, 16:48]  # nothing but body and lung
-    assert outside_air(Volume(np.ascontiguousarray(middle), scan.spacing)) is None
+    scan, mask = chest((40, 64, 64))
+    lung, middle = mask.hu > 0, np.s_[:, 20:44, 16:48]  # nothing but body and lung
+    wrong = scan_facts(replace(scan, hu=scan.hu + 60), lung, thickness_mm=1.0)
+    assert wrong.outside_air_hu == pytest.approx(-940, abs=3)
+    cropped = Volume(np.ascontiguousarray(scan.hu[middle]), scan.spacing)
+    assert scan_facts(cropped, np.ascontiguousarray(lung[middle]), thickness_mm=1.0).outside_air_hu is None
 
 
 def test_only_a_scan_far_below_all_others_is_called_expiratory():

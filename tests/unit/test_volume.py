@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from fourdvq.data.volume import Volume, VolumeLimits, from_image, read_mask, read_volume, require_same_grid, write_nifti
+from fourdvq.data.limits import ReaderLimits
+from fourdvq.data.volume import Volume, from_image, read_mask, read_volume, require_same_grid, write_nifti
 from fourdvq.data.volume import to_image as as_image
 from fourdvq.errors import VolumeError
 from synthetic_lungs import chest
@@ -22,7 +23,7 @@ def scan() -> Volume:
 
 def refusal(path: Path, **limits) -> str:
     with pytest.raises(VolumeError) as caught:
-        read_volume(path, limits=VolumeLimits(**limits))
+        read_volume(path, readers=ReaderLimits(**limits))
     assert caught.value.where == str(path)
     return caught.value.code
 
