@@ -243,12 +243,14 @@ def test_a_scan_that_takes_too_long_becomes_a_failed_row(fresh, tmp_path):
 
 
 def test_a_file_that_is_never_read_to_its_end_becomes_a_failed_row_and_the_others_go_on(fresh, tmp_path):
-    """The worker is halted as it begins to read, as by storage that no longer answers."""
+    """A pipe into which nobody writes, in the place of a scan: storage that no longer answers."""
     jobs, means = jobs_of(fresh)
-    halting = Killer(jobs[0].pseudonym, signal.SIGSTOP)
-    results = prepare_all(jobs, Means(means.profile, tmp_path), Limits(workers=1, read_seconds=3.0), halting)
+    os.mkfifo(tmp_path / "silent.nii.gz")
+    first, second = jobs[0].scans
+    jobs[0] = replace(jobs[0], scans=(first, replace(second, path=tmp_path / "silent.nii.gz")))
+    results = prepare_all(jobs, Means(means.profile, tmp_path / "prep"), Limits(workers=1, read_seconds=3.0))
     failed = [(r.pseudonym, s.index, s.code) for r in results for s in r.scans if s.status == "failed"]
-    assert (len(halting.killed), failed) == (1, [(jobs[0].pseudonym, 1, "E_SLOW")])
+    assert failed == [(jobs[0].pseudonym, 1, "E_SLOW")]
 
 
 @pytest.mark.parametrize(
