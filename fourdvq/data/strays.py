@@ -1,7 +1,8 @@
 """Images beside a series that may be slices of it, taken away by a damaged header: the series is then refused.
 
-One is of the same study or series, as far as it says, and lies where a slice is missing; or it does not say where it
-lies, and is of the same series. What forms a series of its own (a reformat, a projection) is none.
+One is of the same study or series, as far as it says, and lies where a slice is missing. One that does not say where it
+lies is of the same series, or says nothing of its size either: its header breaks off. What forms a series of its own (a
+reformat, a projection) is none.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def _by_place_and_uid(
     for s in (*small, *images):
         folder = s.path.parent
         loose.setdefault((folder, "series", s.series), []).append(s)
-        if s.position is not None and members[s.study, s.series] <= FRAGMENT_SLICES:
+        breaks_off = s.position is None and not s.rows
+        if (s.position is not None or breaks_off) and members[s.study, s.series] <= FRAGMENT_SLICES:
             loose.setdefault((folder, "study", s.study), []).append(s)
     return loose
 
