@@ -83,6 +83,11 @@ def is_compressed(s: SliceHeader) -> bool:
     return s.transfer_syntax not in AS_THEY_LIE
 
 
+def needs_foreign_decoder(s: SliceHeader) -> bool:
+    """Whether that decoder is no Python, so that a damaged image may take the process down with it."""
+    return is_compressed(s) and s.transfer_syntax not in (*_WHOLE_FILE, RLELossless)
+
+
 def _raw_images(slices: Sequence[SliceHeader]) -> Iterator[tuple[SliceHeader, np.ndarray]]:
     """Each slice with its stored values; slices of one file next to each other share one opening of it."""
     frames: dict[Path, list[bytes]] = {}

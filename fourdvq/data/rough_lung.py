@@ -1,42 +1,38 @@
-"""A quick guess of how much lung a series holds, to tell a full breath from a shallow one: every few slices, coarsely.
-
-Only slices that need no decoder are looked at, so that a damaged file cannot take the process down.
-"""
+"""A quick guess of how much lung a series holds, to tell a full breath from a shallow one: a few slices, coarsely."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from fourdvq.data.air import air_pixels
+from fourdvq.data.air_apart import AirApart
 from fourdvq.data.dicom import SeriesCandidate
 from fourdvq.data.parts import direction_of
-from fourdvq.data.pixels import is_compressed, raw_image, to_hu
+from fourdvq.data.pixels import is_compressed, needs_foreign_decoder
 from fourdvq.errors import VolumeError
 
 _SLICES = 24
+_SLICES_TO_DECODE = 10  # decoding an image takes ten times as long as reading it
 _PIXELS = 128  # along an image edge
-_AIR_HU = -500
+_APART = AirApart()
 
 
 def rough_lung_ml(candidate: SeriesCandidate) -> float | None:
-    """Millilitres of air inside the body, or None if it cannot be seen without decoding or reading fails."""
+    """Millilitres of air inside the body, or None if the images cannot be read."""
     slices = candidate.slices
-    if len(slices) < 3 or not candidate.has_geometry or any(s.slope is None or is_compressed(s) for s in slices):
+    if len(slices) < 3 or not candidate.has_geometry or any(s.slope is None for s in slices):
         return None
     normal = direction_of(candidate.first)
     ordered = sorted(slices, key=lambda s: float(np.array(s.position) @ normal))
-    chosen = ordered[:: max(1, len(ordered) // _SLICES)]
+    wanted = _SLICES_TO_DECODE if any(map(is_compressed, slices)) else _SLICES
+    chosen = ordered[:: max(1, len(ordered) // wanted)]
     step = max(1, candidate.first.rows // _PIXELS)
     try:
-        area = sum(_air_inside(to_hu(raw_image(s)[::step, ::step], s)) for s in chosen)
+        look = _APART.air_pixels if any(map(needs_foreign_decoder, chosen)) else air_pixels
+        area = look(chosen, step)
     except (VolumeError, OSError):
+        return None
+    if area is None:
         return None
     rows_mm, columns_mm = candidate.first.pixel_spacing or (0.0, 0.0)
     return area * rows_mm * columns_mm * step * step * candidate.coverage_mm / len(chosen) / 1000.0
-
-
-def _air_inside(hu: np.ndarray) -> int:
-    from scipy import ndimage
-
-    labels, _ = ndimage.label(hu < _AIR_HU)
-    outside = np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
-    return int(((labels > 0) & ~np.isin(labels, outside)).sum())

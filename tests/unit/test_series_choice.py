@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from client_calls import call
-from dicom_factory import CANARY_ID, rewrite, write_enhanced, write_series
+from dicom_factory import CANARY_ID, compress, rewrite, write_enhanced, write_series
+from fourdvq.data.air_apart import AirApart
 from fourdvq.data.choice import Choice, ChoiceRules, best_series, choose_series
 from fourdvq.data.cohort import Cohort, load_cohort
 from fourdvq.data.dicom import SeriesCandidate, find_series
@@ -105,6 +107,39 @@ def test_the_quick_guess_of_the_lung_is_near_the_truth(tmp_path):
     truth = float(lung.hu.sum()) * scan.voxel_ml
     found = rough_lung_ml(find_series(tmp_path)[0])
     assert found == pytest.approx(truth, rel=0.1)
+
+
+@pytest.mark.parametrize("how", ["RLE", "JPEG", "JPEG2000"])
+def test_the_lung_is_also_looked_at_in_compressed_series(tmp_path, how):
+    """An abdomen of more slices must not win over the chest."""
+    scan, lung = chest((40, 48, 48))
+    no_lung = np.where(lung.hu > 0, np.int16(40), scan.hu)
+    series(tmp_path, Volume(scan.hu[:-2], scan.spacing, scan.origin), "chest")
+    series(tmp_path, Volume(no_lung, scan.spacing, scan.origin), "abdomen")
+    uncompressed = {name_of(c): rough_lung_ml(c) for c in find_series(tmp_path)}
+    for path in tmp_path.rglob("*.dcm"):
+        compress(path, how)
+    found = {name_of(c): rough_lung_ml(c) for c in find_series(tmp_path)}
+    assert found == {name: pytest.approx(ml, rel=0.1, abs=50) for name, ml in uncompressed.items()}
+    assert name_of(chosen(tmp_path, estimate=rough_lung_ml).used) == "chest"
+
+
+def test_an_image_that_cannot_be_decoded_or_ends_its_process_leaves_the_lung_unknown(volume, tmp_path):
+    series(tmp_path, volume, "one")
+    for path in tmp_path.rglob("*.dcm"):
+        compress(path, "JPEG2000")
+    slices = find_series(tmp_path)[0].slices
+    before = set(multiprocessing.active_children())
+    apart = AirApart()
+    whole = apart.air_pixels(slices, 1)
+    assert whole is not None
+    (process,) = set(multiprocessing.active_children()) - before
+    process.kill()
+    assert apart.air_pixels(slices, 1) is None
+    assert apart.air_pixels(slices, 1) == whole
+    slices[0].path.write_bytes(slices[0].path.read_bytes()[:-500])
+    assert apart.air_pixels(slices, 1) is None
+    apart.stop()
 
 
 def test_the_kernel_class_that_the_visits_share_is_kept_through_all_of_them(volume, tmp_path):
