@@ -1,72 +1,82 @@
 """Air in images whose decoder is no Python, looked for in a process of its own: a damaged image may take it down.
 
-The process is started when it is first needed, works for all that follow, and ends with the one that started it.
+The process is started when it is first needed, works for all that follow, and ends when the one that started it ends.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import signal
+import os
+import pickle
+import select
+import subprocess
+import sys
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 
 from fourdvq.data.air import air_pixels
 from fourdvq.data.dicom_file import SliceHeader
 from fourdvq.errors import VolumeError
 
 SECONDS = 60.0  # a few images take less than one
+_PROGRAM = "import sys; sys.path[:] = {path!r}; from fourdvq.data.air_apart import serve; serve()"
 
 
 class AirApart:
     """`air_pixels` in another process."""
 
     def __init__(self) -> None:
-        self._process: BaseProcess | None = None
-        self._connection: Connection | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     def air_pixels(self, slices: Sequence[SliceHeader], step: int) -> int | None:
         """None if an image cannot be decoded, takes too long or ends the process; the next one gets a new process."""
-        connection = self._connection or self._start()
+        process = self.process or self._start()
         try:
-            connection.send((list(slices), step))
-            if connection.poll(SECONDS):
-                # Not as an object: what decodes untrusted images is not trusted to say what is made of its answer.
-                found = json.loads(connection.recv_bytes())
-                return found if isinstance(found, int) else None
-        except (EOFError, OSError):
-            pass  # the process is gone
-        self.stop()
-        return None
+            return _ask(process, slices, step)
+        except (OSError, ValueError):  # the process is gone, silent, or says what is no answer
+            self.stop()
+            return None
 
     def stop(self) -> None:
         """End the process, if there is one."""
-        if self._process is not None and self._connection is not None:
-            self._connection.close()
-            self._process.kill()
-            self._process.join()
-        self._process = self._connection = None
+        process, self.process = self.process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
 
-    def _start(self) -> Connection:
-        context = multiprocessing.get_context("spawn")  # the caller may hold threads that a fork would copy
-        ours, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._connection = ours
-        return ours
+    def _start(self) -> subprocess.Popen[bytes]:
+        # A session of its own, because Ctrl-C is for the process that asks; this one ends with its standard input.
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM.format(path=sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        return self.process
 
 
-def _serve(connection: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process too; the other one decides
+def _ask(process: subprocess.Popen[bytes], slices: Sequence[SliceHeader], step: int) -> int | None:
+    if process.stdin is None or process.stdout is None:
+        raise OSError("a process without pipes")
+    pickle.dump((list(slices), step), process.stdin)
+    process.stdin.flush()
+    ready, _, _ = select.select([process.stdout], [], [], SECONDS)
+    # Not as an object: what decodes untrusted images is not trusted to say what is made of its answer.
+    found = json.loads(process.stdout.readline() if ready else b"")
+    return found if isinstance(found, int) else None
+
+
+def serve() -> None:
+    """Answer one line for each request on the standard input, until that ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a decoder prints is no answer
     while True:
         try:
-            slices, step = connection.recv()
+            slices, step = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         try:
             found: int | None = air_pixels(slices, step)
         except (VolumeError, OSError):
             found = None
-        connection.send_bytes(json.dumps(found).encode())
+        print(json.dumps(found), file=answers, flush=True)
