@@ -155,6 +155,13 @@ def test_a_changed_byte_is_named_leaves_the_manifest_and_is_made_again_with_its_
     assert call(root, "preprocess", "--verify")[0] == 0
 
 
+@pytest.mark.parametrize("words", [("--force", "segment"), ("--retry-failed",), ("--auto-approve-pass",)])
+def test_an_option_to_make_something_is_refused_beside_verify_which_makes_nothing(root, words):
+    code, error, _ = call(root, "preprocess", "--verify", *words)
+    assert (code, error["code"]) == (2, "E_USAGE")
+    assert words[0] in error["where"]
+
+
 def test_force_makes_again_what_a_step_leads_to_and_nothing_else(whole, tmp_path):
     root = shutil.copytree(whole, tmp_path / "site")
     workspace, config = open_workspace(root)

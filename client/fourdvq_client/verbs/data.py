@@ -95,6 +95,8 @@ def preprocess(
     part = parse_shard(shard)
     if force and force not in FORCED_STEPS:
         raise ConfigError("E_USAGE", where="--force", found=force, wanted=", ".join(FORCED_STEPS))
+    if verify:
+        _require_alone({"--force": bool(force), "--retry-failed": retry_failed, "--auto-approve-pass": auto_approve})
     with preparing(workspace, part), _Progress("patients") as waiting:
         if verify:
             return _verified(workspace, part, waiting)
@@ -125,6 +127,14 @@ def _summary_lines(summary: PreparationSummary, workspace: Workspace) -> tuple[s
         lines.append(f"{summary.waiting} scans are still to come from other shards; the last one writes the splits")
     lines.append(f"next   look at {summary.contact_sheet}, then fourdvq-client qc approve")
     return tuple(lines)
+
+
+def _require_alone(given: Mapping[str, bool]) -> None:
+    """Raise ConfigError E_USAGE for an option that --verify, which makes nothing, would pass over in silence."""
+    for option, is_given in given.items():
+        if is_given:
+            fix = f"two calls: preprocess --verify, then preprocess {option}"
+            raise ConfigError("E_USAGE", where=f"--verify with {option}", found="both", wanted="one of them", fix=fix)
 
 
 def _verified(workspace: Workspace, shard: Shard, waiting: _Progress) -> Result:
