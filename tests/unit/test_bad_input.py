@@ -285,6 +285,16 @@ def test_a_scale_that_only_one_slice_has_must_be_borne_out_by_its_pixels(volume,
         assert refused(tmp_path / name).code == "E_RESCALE"
 
 
+@pytest.mark.parametrize("at", [0, 7, 15])
+def test_a_slice_whose_header_is_shifted_from_its_series_uid_on_is_missed_at_the_ends_too(volume, tmp_path, at):
+    files = write_series(tmp_path, volume)
+    raw = files[at].read_bytes()
+    uid = raw.index(b"\x20\x00\x0e\x00UI") + 20
+    files[at].write_bytes(raw[:uid] + raw[uid + 2 :])
+    error = refused(tmp_path)
+    assert (error.code, error.where) == ("E_MIXED", str(files[at]))
+
+
 # --- row 24: enhanced multi-frame ------------------------------------------------------------------------------------
 
 
