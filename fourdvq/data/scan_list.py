@@ -91,12 +91,14 @@ def place_in_time(
 ) -> tuple[tuple[ScanRow, ...], dict[str, datetime.date]]:
     """Days since each patient's first CT, scans that cannot be used left out; and the first dates, kept in memory."""
     known = [_with_known_time(scan, findings, today) for scan in dated]
-    first_dates: dict[str, datetime.date] = {}
+    by_patient: dict[str, list[DatedScan]] = {}
     for scan in known:
-        if scan.date:
-            patient = scan.row.patient_id
-            first_dates[patient] = min(scan.date, first_dates.get(patient, scan.date))
-    _check_first_scans(known, findings)
+        by_patient.setdefault(scan.row.patient_id, []).append(scan)
+    first_dates = {patient: first for patient, scans in by_patient.items() if (first := _first_date(scans))}
+    for patient, scans in sorted(by_patient.items()):
+        fault = _unknown_first(scans, first_dates.get(patient))
+        if fault and any(s.usable for s in scans):
+            findings.append(finding("E_TIME", f"scans of patient {patient!r}", fault, patient=patient))
     rows = [
         (replace(s.row, days=(s.date - first_dates[s.row.patient_id]).days if s.date else s.days or 0), s.score)
         for s in known
@@ -120,22 +122,28 @@ def _with_known_time(scan: DatedScan, findings: list[Finding], today: datetime.d
     return scan
 
 
-def _check_first_scans(known: Sequence[DatedScan], findings: list[Finding]) -> None:
-    """A patient whose first CT may be another one than the first with a date: times and ages would count from the wrong
-    day.
-    """
-    by_patient: dict[str, list[DatedScan]] = {}
-    for scan in known:
-        by_patient.setdefault(scan.row.patient_id, []).append(scan)
-    for patient, scans in sorted(by_patient.items()):
-        stated = {s.days for s in scans if s.date is None}
-        fault = ""
-        if 0 not in stated and any(s.date is None and s.days is None for s in scans):
-            fault = "a scan without a date, so that the day of the first CT is not known"
-        elif 0 not in stated and not any(s.date for s in scans):
-            fault = "no scan on day 0"
-        if fault and any(s.usable for s in scans):
-            findings.append(finding("E_TIME", f"scans of patient {patient!r}", fault, patient=patient))
+def _first_date(scans: Sequence[DatedScan]) -> datetime.date | None:
+    """The date of a patient's first CT: what a row with a date and days says, else the first date; None without any."""
+    return min(_stated_firsts(scans) or {s.date for s in scans if s.date}, default=None)
+
+
+def _stated_firsts(scans: Sequence[DatedScan]) -> set[datetime.date]:
+    """The date of day 0, from each row that has both a date and days."""
+    return {s.date - datetime.timedelta(s.days) for s in scans if s.date and s.days is not None}
+
+
+def _unknown_first(scans: Sequence[DatedScan], first: datetime.date | None) -> str:
+    """Why a patient's first CT may be another one than the first that is known: times would count from a wrong day."""
+    dates = {s.date for s in scans if s.date}
+    stated = {s.days for s in scans if s.date is None}
+    firsts = _stated_firsts(scans)
+    faults = {
+        "dates and days that disagree": len(firsts) > 1,
+        "dates, and days without a date: which day is 0 is not known": dates and stated - {None} and not firsts,
+        "a scan without a date, so that the day of the first CT is not known": None in stated and 0 not in stated,
+        "no scan on day 0": 0 not in stated and first not in dates,
+    }
+    return next((fault for fault, holds in faults.items() if holds), "")
 
 
 def _one_per_day(dated: Sequence[tuple[ScanRow, tuple[int, ...]]], findings: list[Finding]) -> list[ScanRow]:

@@ -192,6 +192,27 @@ def test_times_count_from_the_first_ct_also_where_its_file_is_missing(site, how)
     assert next(p.time_days for p in cohort.patients if p.patient_id == "LEU-2") == 900
 
 
+@pytest.mark.parametrize(
+    ("times", "days", "fault"),
+    [
+        ([",0", "2016-01-01,365", "2017-01-01,731"], [0, 365, 731], ""),
+        (["2015-01-01,", "2016-01-01,", "2017-01-01,731"], [0, 365, 731], ""),
+        ([",0", "2016-01-01,", "2017-01-01,"], None, "which day is 0"),
+        (["2015-01-01,0", "2016-01-01,365", "2017-01-01,365"], None, "disagree"),
+        (["2015-01-01,10", "2016-01-01,375", ",500"], None, "no scan on day 0"),
+    ],
+)
+def test_dates_and_days_count_from_one_first_ct_or_the_patient_waits(site, times, days, fault):
+    files = ("LEU-2_a", "LEU-2_b", "LEU-3_a")
+    rows = [f"LEU-2,{n},{file}.nii.gz,{time}" for n, (file, time) in enumerate(zip(files, times, strict=True))]
+    cohort = site(scans="\n".join(["patient_id,scan_id,path,date,days_from_baseline", *rows]))
+    told = [f.found for f in cohort.findings if f.code == "E_TIME" and f.patient_id == "LEU-2"]
+    assert [fault in text for text in told] == ([True] if fault else [])
+    assert ("LEU-2" in usable(cohort)) is not bool(fault)
+    if days is not None:
+        assert [s.days for s in cohort.scans_of("LEU-2")] == days
+
+
 @pytest.mark.parametrize("lost", ["", "2015-13-01", "2031-03-01"])
 def test_a_scan_without_a_date_may_be_the_first_so_that_its_patients_times_cannot_be_used(site, lost):
     scans = DATED_SCANS.replace("LEU-2_a.nii.gz,20150301", f"LEU-2_a.nii.gz,{lost}")
