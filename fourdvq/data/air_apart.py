@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import select
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from fourdvq.data.air import air_pixels
-from fourdvq.data.dicom_file import SliceHeader
+from fourdvq.data.dicom_file import PixelPlace, SliceHeader
 from fourdvq.errors import VolumeError
 
 SECONDS = 60.0  # a few images take less than one
@@ -58,7 +59,7 @@ class AirApart:
 def _ask(process: subprocess.Popen[bytes], slices: Sequence[SliceHeader], step: int) -> int | None:
     if process.stdin is None or process.stdout is None:
         raise OSError("a process without pipes")
-    pickle.dump((list(slices), step), process.stdin)
+    process.stdin.write(_request(slices, step))
     process.stdin.flush()
     ready, _, _ = select.select([process.stdout], [], [], SECONDS)
     # Not as an object: what decodes untrusted images is not trusted to say what is made of its answer.
@@ -66,15 +67,27 @@ def _ask(process: subprocess.Popen[bytes], slices: Sequence[SliceHeader], step: 
     return found if isinstance(found, int) else None
 
 
+def _request(slices: Sequence[SliceHeader], step: int) -> bytes:
+    return json.dumps([step, [[os.fspath(s.path), *s[1:]] for s in slices]]).encode() + b"\n"
+
+
+def _requested(line: bytes) -> tuple[list[SliceHeader], int]:
+    step, rows = json.loads(line)
+    return [_header(row) for row in rows], step
+
+
+def _header(row: Sequence[Any]) -> SliceHeader:
+    path, *values = row
+    header = SliceHeader._make([Path(path), *(tuple(v) if isinstance(v, list) else v for v in values)])
+    return header._replace(pixels=PixelPlace._make(header.pixels))
+
+
 def serve() -> None:
     """Answer one line for each request on the standard input, until that ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a decoder prints is no answer
-    while True:
-        try:
-            slices, step = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
+    for line in sys.stdin.buffer:
+        slices, step = _requested(line)
         try:
             found: int | None = air_pixels(slices, step)
         except (VolumeError, OSError):

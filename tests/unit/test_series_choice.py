@@ -10,7 +10,7 @@ import pytest
 
 from client_calls import call
 from dicom_factory import CANARY_ID, compress, rewrite, write_enhanced, write_series
-from fourdvq.data.air_apart import AirApart
+from fourdvq.data.air_apart import AirApart, _request, _requested
 from fourdvq.data.choice import Choice, ChoiceRules, best_series, choose_series
 from fourdvq.data.cohort import Cohort, load_cohort
 from fourdvq.data.dicom import SeriesCandidate, find_series
@@ -128,6 +128,7 @@ def test_an_image_that_cannot_be_decoded_or_ends_its_process_leaves_the_lung_unk
     for path in tmp_path.rglob("*.dcm"):
         compress(path, "JPEG2000")
     slices = find_series(tmp_path)[0].slices
+    assert _requested(_request(slices, 4)) == (list(slices), 4)
     apart = AirApart()
     whole = apart.air_pixels(slices, 1)
     assert whole is not None
