@@ -32,6 +32,7 @@ DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 MAX_INFLATED = 1 << 26  # of a deflated file: a CT slice is 0.5 MB, a multi-frame file is not stored this way
 _PIXEL_DATA = b"\xe0\x7f\x10\x00"
 _UNDEFINED = 0xFFFFFFFF
+_CODE_CHARACTERS = 16  # of a code string, PS3.5 table 6.2-1
 _TAGS = [
     "SOPClassUID", "SOPInstanceUID", "Modality", "ImageType", "StudyInstanceUID", "SeriesInstanceUID",
     "FrameOfReferenceUID", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "Rows", "Columns",
@@ -167,6 +168,8 @@ def _read(path: Path, stream: BinaryIO, kind: str) -> tuple[SliceHeader, ...] | 
     if not (data.get("SOPClassUID") and data.get("Modality")):
         kind_of_file = getattr(data.file_meta, "MediaStorageSOPClassUID", None)
         return () if kind_of_file in _NO_IMAGES else None
+    if len(text_of(data, "Modality")) > _CODE_CHARACTERS:
+        return None  # a damaged length has made it swallow the elements after it
     header = _header(path, data)
     if header.transfer_syntax != DeflatedExplicitVRLittleEndian:
         at, length = _pixel_value(stream, implicit=bool(data.original_encoding[0]))

@@ -295,6 +295,15 @@ def test_a_slice_whose_header_is_shifted_from_its_series_uid_on_is_missed_at_the
     assert (error.code, error.where) == ("E_MIXED", str(files[at]))
 
 
+@pytest.mark.parametrize("at", [0, 7, 15])
+def test_a_slice_whose_modality_swallows_the_rest_of_its_header_is_missed(volume, tmp_path, at):
+    files = write_series(tmp_path, volume)
+    raw = bytearray(files[at].read_bytes())
+    raw[raw.index(b"\x08\x00\x60\x00CS") + 7] = 0xF6  # the high byte of a length of two
+    files[at].write_bytes(raw)
+    assert refused(tmp_path).code == "E_CORRUPT"
+
+
 # --- row 24: enhanced multi-frame ------------------------------------------------------------------------------------
 
 
