@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Protocol
@@ -156,7 +157,9 @@ class _Pool:
         context = multiprocessing.get_context("spawn")  # the caller may hold threads that a fork would copy
         ours, theirs = context.Pipe()
         process = context.Process(target=worker_main, args=(theirs, self.means), daemon=True)
-        # Ctrl-C at the terminal reaches the whole group, also a process that cannot ignore it yet.
+        # Ctrl-C at the terminal reaches the whole group, also a process that cannot ignore it yet. The helper that
+        # multiprocessing starts by itself goes first: its start would end the blocking.
+        resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()

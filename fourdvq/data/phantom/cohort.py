@@ -6,7 +6,7 @@ import contextlib
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, resource_tracker
 from pathlib import Path
 from typing import Literal
 
@@ -101,6 +101,7 @@ def _write_all(
 @contextlib.contextmanager
 def _unheard_by_children() -> Iterator[None]:
     """Ctrl-C at the terminal reaches this process, which ends its children; they themselves would print tracebacks."""
+    resource_tracker.ensure_running()  # multiprocessing's own helper first: its start would end the blocking
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a child inherits what is blocked
     try:
         yield
