@@ -7,7 +7,7 @@ the baseline lung mask (paper section 2).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from fourdvq.config import to_plain
 from fourdvq.data.limits import ReaderLimits
 from fourdvq.data.technical import TechnicalTags
 from fourdvq.data.volume import Volume
-from fourdvq.errors import VolumeError
+from fourdvq.errors import RegistrationError, VolumeError
 from fourdvq.preprocessing.grades import grade_of, pair_codes, pair_grade, scan_codes
 from fourdvq.preprocessing.inputs import ScanInput, load_input
 from fourdvq.preprocessing.pictures import pair_picture, scan_picture
-from fourdvq.preprocessing.profile import Profile, SegmentationSpec, require_supported
+from fourdvq.preprocessing.profile import Profile, RegistrationSpec, SegmentationSpec, require_supported
 from fourdvq.preprocessing.quality import ScanFacts, coverage_mm, pair_numbers, scan_facts
-from fourdvq.preprocessing.registration import Registration, backend_named, register_or_centre
+from fourdvq.preprocessing.registration import Registration, backend_named, register
 from fourdvq.preprocessing.segmentation import Segmenter, left_out, segmenter
 from fourdvq.preprocessing.stored_masks import keep_mask, load_mask
 from fourdvq.preprocessing.target import Target, follow_up_on_grid, on_target_grid
@@ -136,8 +136,7 @@ class Maker:
             self._baseline = (base.source_sha256, again, on_target_grid(again.volume, again.mask, profile))
         _, based, target = self._baseline
         self.say("register")
-        spec = profile.registration
-        found = register_or_centre(based.volume, based.mask, checked.volume, checked.mask, spec, device=self._device)
+        found = self._registered(based, checked)
         self.say("resample")
         view = follow_up_on_grid(checked.volume, found, target, profile)
         self.say("pictures")
@@ -145,8 +144,24 @@ class Maker:
         title = f"scan {scan.index} on baseline scan {base.index}"
         facts = _pair_lines(qc, based)
         pictures = pair_picture(target.hu, view, target.mask, target.grid.spacing, title=title, facts=facts)
-        transform = {"matrix": list(found.matrix), "affine_kept": found.affine_kept, "backend": spec.backend}
+        backend = profile.registration.backend
+        transform = {"matrix": list(found.matrix), "affine_kept": found.affine_kept, "backend": backend}
         return Made(view.final, target.mask, pictures, qc, _described(target, transform))
+
+    def _registered(self, base: CheckedScan, checked: CheckedScan) -> Registration:
+        """As the profile says; where that gives up, the centroid shift alone: a person then has something to look at.
+
+        Raises RegistrationError E_REG for a constant scan only.
+        """
+
+        def by(spec: RegistrationSpec) -> Registration:
+            return register(base.volume, base.mask, checked.volume, checked.mask, spec, device=self._device)
+
+        wanted = self._profile.registration
+        try:
+            return by(wanted)
+        except RegistrationError as error:
+            return replace(by(replace(wanted, backend="none")), gave_up=error.found or error.code)
 
     def _mask(self, scan: ScanInput, volume: Volume, given: Volume | None, key: str) -> np.ndarray:
         if self._profile.segmentation.method == "provided":

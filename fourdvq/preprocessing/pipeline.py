@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fourdvq.errors import ConfigError, DataError, ModelError, TemporaryStop
-from fourdvq.os_errors import NO_SPACE
+from fourdvq.os_errors import from_os, reading
 from fourdvq.preprocessing.inputs import ScanInput, scan_inputs, source_key, told, unreadable, without_paths
 from fourdvq.preprocessing.manifest import write_manifest
 from fourdvq.preprocessing.profile import Profile, profile_to_plain
@@ -68,8 +68,7 @@ class StepInHand:
 
     scan: ScanInput
     name: str  # read, segment, register, resample, pictures
-    key: str  # that of the scan's record
-    recipe: str
+    keys: Keys  # of the scan's record
     baseline: int | None  # index; None for a baseline
 
 
@@ -92,7 +91,8 @@ def prepare_patient(
     indices whose refusal or failure is not taken from the record. `readers` bound what an image header may announce.
     Folders of indices that are no longer among `scans` are removed; what was made of a scan whose files cannot be
     opened just now is left as it is. Raises ConfigError E_UNSUPPORTED or ModelError E_WEIGHTS for a profile that cannot
-    be run here, TemporaryStop DISK_FULL and OSError if nothing can be written; nothing about a single scan raises.
+    be run here, and what `from_os` says (DISK_FULL, E_STORAGE, E_RIGHTS) if nothing can be written; nothing about a
+    single scan raises.
     """
 
     def maker(patient: _Patient) -> Maker:
@@ -125,8 +125,7 @@ def settled_patient(
 def record_failure(step: StepInHand, profile: Profile, folder: Path, code: str) -> None:
     """Record for a process that died, or was stopped, in the middle of a scan; `folder` is the patient's."""
     scan = step.scan
-    keys = Keys(step.key, step.recipe)
-    record = new_record(profile, folder.name, index=scan.index, days=scan.days, keys=keys, baseline=step.baseline)
+    record = new_record(profile, folder.name, index=scan.index, days=scan.days, keys=step.keys, baseline=step.baseline)
     write_without_outputs(folder / str(scan.index), record, "failed", [code])
 
 
@@ -203,9 +202,7 @@ class _Patient:
         if reason := self._unreadable(scan):
             return self._failed(scan, Keys(), "E_READ", reason)
         if isinstance(error, OSError):  # not of reading, so of writing: that is no fault of the scan
-            if error.errno in NO_SPACE:
-                raise TemporaryStop("DISK_FULL", where=str(self.folder)) from None
-            raise error
+            raise from_os(error, str(self.folder)) or error from None
         code = "OUT_OF_MEMORY" if _is_out_of_memory(error) else "E_INTERNAL"
         return self._failed(scan, keys, code, without_paths(f"{type(error).__name__}: {error}", scan))
 
@@ -257,7 +254,7 @@ class _Patient:
             self._maker = self._new_maker(self)
         maker, base, folder = self._maker, self.baseline, self.folder / str(scan.index)
         index = base.scan.index if base else None
-        maker.say = lambda name: self._say(StepInHand(scan, name, keys.output, keys.recipe, index))
+        maker.say = lambda name: self._say(StepInHand(scan, name, keys, index))
         record = self._new_record(scan, keys) | {"versions": maker.versions}
         mask_key = segment_key(scan.source_sha256, self.profile)
         try:
@@ -286,12 +283,8 @@ class _Patient:
             return result_of(folder, known, reused=True)
         if code == "E_READ" and known is not None and is_intact(folder, known):
             return ScanResult(scan.index, scan.days, "failed", code, "", detail=detail)
-        try:
+        with reading(str(self.folder)):
             return write_without_outputs(folder, record, "failed", [code], detail=detail)
-        except OSError as error:
-            if error.errno in NO_SPACE:
-                raise TemporaryStop("DISK_FULL", where=str(self.folder)) from None
-            raise
 
     def _new_record(self, scan: ScanInput, keys: Keys) -> dict[str, Any]:
         baseline = self.baseline.scan.index if self.baseline else None

@@ -197,7 +197,7 @@ def _verified(prep: Path) -> dict[str, Any]:
 
 def _loader(prep: Path) -> list[dict[str, Any]]:
     scans = open_prepared(prep).scans("train")
-    window = (-1000.0, 400.0)
+    window = profile_from(tiny_profile()).window_hu
     kept = ScanDataset(scans, window)
     for i in range(len(kept)):
         kept[i]

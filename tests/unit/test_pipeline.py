@@ -33,6 +33,7 @@ from fourdvq.preprocessing.pipeline import (
     write_manifest,
 )
 from fourdvq.preprocessing.profile import Profile, load_profile, profile_from, profile_to_plain
+from fourdvq.preprocessing.records import Keys
 from synthetic_lungs import chest
 
 PROFILES = Path(__file__).parents[2] / "configs" / "preprocessing"
@@ -337,7 +338,7 @@ def test_a_scan_with_much_less_lung_than_all_others_goes_to_review(source, tiny,
 
 def test_the_manifest_is_rebuilt_from_the_records_and_keeps_failed_scans(source, tiny, tmp_path):
     prepare_patient(inputs(source, "ab"), tiny, tmp_path, pseudonym=NAME)
-    step = StepInHand(ScanInput(0, 0, tmp_path / "lost"), "segment", "a" * 64, "b" * 64, None)
+    step = StepInHand(ScanInput(0, 0, tmp_path / "lost"), "segment", Keys("a" * 64, "b" * 64), None)
     record_failure(step, tiny, tmp_path / "ffffffffffff", "OUT_OF_MEMORY")
     assert len(write_manifest(tmp_path)) == 3
     first = (tmp_path / "manifest.csv").read_bytes()

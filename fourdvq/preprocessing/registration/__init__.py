@@ -6,7 +6,7 @@ function and one line in `backends.BACKENDS`, or an entry point of another packa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import SimpleITK as sitk
@@ -59,7 +59,6 @@ __all__ = [
     "field_facts",
     "jacobian_determinant",
     "register",
-    "register_or_centre",
 ]
 
 
@@ -129,26 +128,6 @@ def register(
         consistency=undone,
         keypoints=found.keypoints if found else None,
     )
-
-
-def register_or_centre(
-    fixed: Volume,
-    fixed_mask: np.ndarray,
-    moving: Volume,
-    moving_mask: np.ndarray,
-    spec: RegistrationSpec,
-    *,
-    device: str = "cpu",
-) -> Registration:
-    """As `register`; where it gives up, the centroid shift alone and why, so that a person has something to look at.
-
-    Raises RegistrationError E_REG for a constant scan only.
-    """
-    try:
-        return register(fixed, fixed_mask, moving, moving_mask, spec, device=device)
-    except RegistrationError as error:
-        centred = register(fixed, fixed_mask, moving, moving_mask, replace(spec, backend="none"), device=device)
-        return replace(centred, gave_up=error.found or error.code)
 
 
 def compose(linear: sitk.Transform, field: sitk.Image) -> sitk.Transform:
